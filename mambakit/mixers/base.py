@@ -1,0 +1,173 @@
+"""The one protocol of every sequence mixer, and the state it carries.
+
+Letters: B batch, L length, D channels, N state size, W convolution width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+StateT = TypeVar("StateT", bound="State")
+
+
+class State:
+    """What a mixer remembers between calls: a dataclass of tensors, or of tuples of further states.
+
+    Axis 0 of every tensor is the batch, so a state can be cut, repeated and reordered without knowing its mixer.
+    """
+
+    def map(self: StateT, function: Callable[[Tensor], Tensor]) -> StateT:
+        """The same state with ``function`` applied to each tensor."""
+        return type(self)(*(_map(function, getattr(self, field.name)) for field in fields(self)))  # type: ignore[arg-type]
+
+    def tensors(self) -> list[Tensor]:
+        found: list[Tensor] = []
+        self.map(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        return found
+
+    def detach(self: StateT) -> StateT:
+        return self.map(Tensor.detach)
+
+    def clone(self: StateT) -> StateT:
+        return self.map(Tensor.clone)
+
+    def to(self: StateT, *args: Any, **kwargs: Any) -> StateT:
+        return self.map(lambda tensor: tensor.to(*args, **kwargs))
+
+    def index_select(self: StateT, index: Tensor) -> StateT:
+        """Rows ``index`` (K,) of the batch: beams, or the sequences still alive."""
+        return self.map(lambda tensor: tensor.index_select(0, index))
+
+
+def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, State):
+        return value.map(function)
+    if isinstance(value, tuple):
+        return tuple(_map(function, item) for item in value)
+    return value
+
+
+class SequenceMixer(nn.Module):
+    """Mixes along time: (B, L, d_model) to (B, L, d_model).
+
+    A subclass writes :meth:`mix` and :meth:`init_state`, and :meth:`step` where it has a cheaper one than ``mix``
+    of one element. Packing, padding and states are checked here, once, for all of them.
+    """
+
+    d_model: int
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: State | None = None,
+        seq_idx: Tensor | None = None,
+        mask: Tensor | None = None,
+        return_state: bool = False,
+    ) -> Any:
+        """Mix a batch of sequences.
+
+        Args:
+            x: (B, L, d_model).
+            state: continue from here (as :meth:`init_state` or ``return_state=True`` gives it) instead of from zero.
+            seq_idx: (B, L) int32; where its value changes, another sequence begins and the memory is cleared.
+            mask: (B, L) bool, True at real elements. Masked elements neither read nor write the memory, wherever
+                they stand (left, right or between); their outputs are zero.
+            return_state: also return the state after the last real element of each row.
+
+        Returns:
+            y (B, L, d_model) in x's dtype (autocast's under autocast), or ``(y, state)``.
+
+        Raises:
+            ValueError, TypeError: a wrong shape or dtype, named.
+        """
+        name = type(self).__name__
+        check_sequence(name, x, self.d_model, seq_idx, mask)
+        if mask is None:
+            y, state = self.mix(x, state=state, seq_idx=seq_idx, return_state=return_state)
+        else:
+            padded = RightPadded(mask)
+            y, state = self.mix(
+                padded.pack(x),
+                state=state,
+                seq_idx=None if seq_idx is None else padded.pack(seq_idx),
+                lengths=padded.lengths,
+                return_state=return_state,
+            )
+            y = padded.unpack(y)
+        return (y, state) if return_state else y
+
+    def mix(
+        self,
+        x: Tensor,
+        *,
+        state: Any = None,
+        seq_idx: Tensor | None = None,
+        lengths: Tensor | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, Any]:
+        """What ``forward`` does once padding stands on the right: row b is real in its first ``lengths[b]`` elements.
+
+        Returns ``(y, state)``, ``state`` None unless asked for; y at padding may be anything finite.
+        """
+        raise TypeError(f"{type(self).__name__} does not define mix(), which every SequenceMixer must")
+
+    def init_state(self, batch_size: int, *, device: Any = None, dtype: torch.dtype | None = None) -> Any:
+        """The state before the first element. ``device`` and ``dtype`` default to the parameters'."""
+        raise TypeError(f"{type(self).__name__} does not define init_state(), which every SequenceMixer must")
+
+    def step(self, x_t: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """One element: x_t (B, d_model) to ``(y_t (B, d_model), state)``, in constant time and memory.
+
+        The given state may be updated in place; ``state.clone()`` first to keep it.
+        """
+        y, state = self.mix(x_t.unsqueeze(1), state=state, return_state=True)
+        return y.squeeze(1), state
+
+
+class RightPadded:
+    """Moves the real elements of each row to its front, in order, and back: any mask becomes right padding.
+
+    Args:
+        mask: (B, L) bool, True at real elements.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+        self.lengths = mask.sum(dim=1)
+        self.order = torch.argsort(~mask, dim=1, stable=True)
+        self.inverse = torch.argsort(self.order, dim=1)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, L, ...) with the real elements first; what lay under padding follows."""
+        return _gather(x, self.order)
+
+    def unpack(self, y: Tensor) -> Tensor:
+        """The inverse of :meth:`pack`, with zeros at masked elements."""
+        y = _gather(y, self.inverse)
+        return y.masked_fill(~self.mask.view(*self.mask.shape, *[1] * (y.dim() - 2)), 0)
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(1, index.view(*index.shape, *[1] * (x.dim() - 2)).expand_as(x))
+
+
+def check_sequence(name: str, x: Tensor, d_model: int, seq_idx: Tensor | None, mask: Tensor | None) -> None:
+    """Raise unless x is (B, L, d_model) with L at least 1, and seq_idx and mask are (B, L)."""
+    if x.dim() != 3 or x.shape[-1] != d_model or 0 in x.shape:
+        hint = "; every axis needs at least one element" if 0 in x.shape else ""
+        raise ValueError(f"{name}: x has shape {tuple(x.shape)}, expected (batch, length, d_model={d_model}){hint}")
+    for argument, value in (("seq_idx", seq_idx), ("mask", mask)):
+        if value is not None and value.shape != x.shape[:2]:
+            raise ValueError(
+                f"{name}: {argument} has shape {tuple(value.shape)}, expected (batch, length) = {tuple(x.shape[:2])}"
+            )
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"{name}: mask has dtype {mask.dtype}, expected bool, True at real elements (mask.bool())")
