@@ -1,0 +1,5 @@
+"""What turns a modality's raw elements into vectors (B, L, d_model)."""
+
+from mambakit.embeddings.token import TokenEmbedding
+
+__all__ = ["TokenEmbedding"]

@@ -1,0 +1,5 @@
+"""What turns the backbone's vectors (B, L, d_model) into a prediction or a loss."""
+
+from mambakit.heads.language_model import LanguageModelHead
+
+__all__ = ["LanguageModelHead"]

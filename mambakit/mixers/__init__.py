@@ -1,0 +1,6 @@
+"""Sequence mixers, one file each, one protocol (:mod:`mambakit.mixers.base`)."""
+
+from mambakit.mixers.base import SequenceMixer, State
+from mambakit.mixers.mamba1 import Mamba1, Mamba1State
+
+__all__ = ["Mamba1", "Mamba1State", "SequenceMixer", "State"]

@@ -1,0 +1,6 @@
+"""LightningModules: a model, a loss, its metrics and its optimiser. No data inside."""
+
+from mambakit.tasks.base import Task
+from mambakit.tasks.causal_lm import CausalLM
+
+__all__ = ["CausalLM", "Task"]

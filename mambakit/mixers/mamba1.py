@@ -1,0 +1,188 @@
+"""Mamba-1: the selective state space mixer of Gu and Dao, "Mamba" (2023), arXiv 2312.00752."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambakit.kernels import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
+from mambakit.mixers.base import SequenceMixer, State
+
+# A raw step so low that softplus gives exactly 0 in float16, bfloat16 and float32: the memory stands still.
+NO_STEP = -1.0e4
+
+
+@dataclass
+class Mamba1State(State):
+    """``conv`` (B, D, W-1): the convolution's last inputs, oldest first. ``ssm`` (B, D, N): the scan's state, float32."""
+
+    conv: Tensor
+    ssm: Tensor
+
+
+class Mamba1(SequenceMixer):
+    """Gated convolution and selective scan.
+
+    With x, z = in_proj(input) of width D = expand * d_model, x <- SiLU(conv(x)) and delta, B, C projected from x:
+
+        h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t,    y_t = C_t h_t + D x_t,    output = out_proj(y * SiLU(z))
+
+    Parameters carry the names and layouts of mamba_ssm's ``Mamba``, so its checkpoints load as they are.
+
+    Args:
+        d_model: width of input and output.
+        d_state: N, states a channel.
+        d_conv: W, width of the causal convolution, 2 to 4.
+        expand: D / d_model.
+        dt_rank: rank of the projection to delta; "auto" is ceil(d_model / 16).
+        dt_min: smallest step delta at initialisation (drawn log-uniformly up to ``dt_max``).
+        dt_max: largest step delta at initialisation.
+        dt_init: "random" (uniform) or "constant" weights of dt_proj.
+        dt_scale: scale of dt_proj's weights, in units of dt_rank ** -0.5.
+        dt_init_floor: lower bound of the initial step.
+        conv_bias: the convolution has a bias.
+        bias: in_proj and out_proj have biases.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | Literal["auto"] = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: Literal["random", "constant"] = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.d_model = d_model
+        self.d_state = d_state
+        self.d_conv = d_conv
+        self.d_inner = expand * d_model
+        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        self.dt_range = (dt_min, dt_max, dt_init_floor)
+        self.dt_init, self.dt_scale = dt_init, dt_scale
+
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias)
+        self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner, bias=conv_bias)
+        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner, bias=True)
+        self.A_log = nn.Parameter(torch.empty(self.d_inner, d_state))
+        self.D = nn.Parameter(torch.empty(self.d_inner))
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
+        for parameter in (self.A_log, self.D, self.dt_proj.bias):
+            parameter._no_weight_decay = True  # type: ignore[attr-defined]
+        self.dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the parameters that decide the memory: steps between dt_min and dt_max, A = -(1..N), D = 1."""
+        dt_min, dt_max, floor = self.dt_range
+        spread = self.dt_rank**-0.5 * self.dt_scale
+        if self.dt_init == "constant":
+            nn.init.constant_(self.dt_proj.weight, spread)
+        else:
+            nn.init.uniform_(self.dt_proj.weight, -spread, spread)
+        dt = torch.empty_like(self.dt_proj.bias, dtype=torch.float32).uniform_(math.log(dt_min), math.log(dt_max))
+        dt = dt.exp().clamp(min=floor)
+        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.A_log.copy_(torch.arange(1, self.d_state + 1, dtype=torch.float32).log().expand_as(self.A_log))
+        self.D.fill_(1.0)
+
+    def mix(
+        self,
+        x: Tensor,
+        *,
+        state: Mamba1State | None = None,
+        seq_idx: Tensor | None = None,
+        lengths: Tensor | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, Mamba1State | None]:
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        convolved, conv_state = causal_conv1d(
+            x,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            "silu",
+            initial_state=None if state is None else state.conv,
+            seq_idx=seq_idx,
+            return_final_state=True,
+        )
+        delta, B, C = self._select(convolved)
+        if lengths is not None:
+            time = torch.arange(x.shape[1], device=x.device)
+            delta = delta.masked_fill((time >= lengths.unsqueeze(1)).unsqueeze(-1), NO_STEP)
+            if return_state:
+                conv_state = last_inputs(x, lengths, self.d_conv - 1, None if state is None else state.conv, seq_idx)
+        y, ssm_state = selective_scan(
+            convolved,
+            delta,
+            self._A(),
+            B,
+            C,
+            self.D,
+            z,
+            self.dt_proj.bias,
+            True,
+            initial_state=None if state is None else state.ssm,
+            seq_idx=seq_idx,
+            return_final_state=True,
+        )
+        return self.out_proj(y), Mamba1State(conv_state, ssm_state) if return_state else None
+
+    def step(self, x_t: Tensor, state: Mamba1State) -> tuple[Tensor, Mamba1State]:
+        """One element in constant time. Without gradients ``state`` is updated in place and returned."""
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x_t, state.ssm, state.conv, self.A_log)):
+            return super().step(x_t, state)
+        x, z = self.in_proj(x_t).chunk(2, dim=-1)
+        x = causal_conv1d_update(x, state.conv, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
+        delta, B, C = self._select(x)
+        y = selective_state_update(state.ssm, x, delta, self._A(), B, C, self.D, z, self.dt_proj.bias, True)
+        return self.out_proj(y), state
+
+    def init_state(self, batch_size: int, *, device: Any = None, dtype: torch.dtype | None = None) -> Mamba1State:
+        device = self.A_log.device if device is None else device
+        wide = torch.float64 if self.A_log.dtype == torch.float64 else torch.float32
+        conv = torch.zeros(batch_size, self.d_inner, self.d_conv - 1, device=device, dtype=dtype or wide)
+        return Mamba1State(conv, torch.zeros(batch_size, self.d_inner, self.d_state, device=device, dtype=wide))
+
+    def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """delta before bias and softplus (..., D), B and C (..., N), each read off x (..., D)."""
+        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        return F.linear(dt, self.dt_proj.weight), B, C
+
+    def _A(self) -> Tensor:
+        """A (D, N), negative; float32 at least, since exp(delta A) magnifies rounding."""
+        return -torch.exp(self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float())
+
+
+def last_inputs(
+    x: Tensor, lengths: Tensor, width: int, initial_state: Tensor | None, seq_idx: Tensor | None
+) -> Tensor:
+    """The last ``width`` of the first ``lengths[b]`` inputs of each row, oldest first: (B, D, width) float32 or wider.
+
+    Where a row is shorter, columns of ``initial_state`` (or zeros) come before; inputs of another sequence than the
+    last one count as zeros.
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    before = x.new_zeros(x.shape[0], x.shape[2], width) if initial_state is None else initial_state
+    history = torch.cat([before.transpose(1, 2).to(wide), x.to(wide)], dim=1)
+    index = lengths.unsqueeze(1) + torch.arange(width, device=x.device)
+    tail = history.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+    if seq_idx is not None:
+        # The initial state belongs to the first sequence of the row.
+        owner = torch.cat([seq_idx[:, :1].expand(-1, width), seq_idx], dim=1)
+        last = owner.gather(1, (lengths.unsqueeze(1) + width - 1))
+        tail = tail.masked_fill((owner.gather(1, index) != last).unsqueeze(-1), 0)
+    return tail.transpose(1, 2).contiguous()

@@ -1,0 +1,69 @@
+"""A causal language model: token embedding, backbone, head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mambakit.backbone import Backbone, BackboneState
+from mambakit.embeddings import TokenEmbedding
+from mambakit.heads import LanguageModelHead
+
+
+class LanguageModel(nn.Module):
+    """p(next token | tokens so far), with mamba_ssm's parameter names (``backbone.embedding.weight``, ``lm_head.weight``).
+
+    Args:
+        vocab_size: V, number of token ids.
+        backbone: the stack; its embedding is made here.
+        tie_embeddings: embedding and head share one (V, d_model) matrix.
+    """
+
+    def __init__(self, vocab_size: int, backbone: Backbone, tie_embeddings: bool = True) -> None:
+        super().__init__()
+        if vocab_size < 1:
+            raise ValueError(f"LanguageModel: vocab_size={vocab_size}, expected at least 1")
+        self.vocab_size = vocab_size
+        self.backbone = backbone
+        self.backbone.embedding = embedding = TokenEmbedding(vocab_size, backbone.d_model)
+        self.lm_head = LanguageModelHead(backbone.d_model, vocab_size)
+        if tie_embeddings:
+            self.lm_head.weight = embedding.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        state: BackboneState | None = None,
+        seq_idx: Tensor | None = None,
+        mask: Tensor | None = None,
+        return_state: bool = False,
+    ) -> Any:
+        """Logits (B, L, V) of the token after each of input_ids (B, L); with ``return_state`` also the state."""
+        hidden = self.backbone(input_ids, state=state, seq_idx=seq_idx, mask=mask, return_state=return_state)
+        if return_state:
+            return self.lm_head(hidden[0]), hidden[1]
+        return self.lm_head(hidden)
+
+    def loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        *,
+        seq_idx: Tensor | None = None,
+        mask: Tensor | None = None,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """Cross-entropy in nats of labels (B, L), already shifted: labels[:, t] follows input_ids[:, t]; -100 is skipped."""
+        return self.lm_head.loss(self.backbone(input_ids, seq_idx=seq_idx, mask=mask), labels, reduction)
+
+    def step(self, ids_t: Tensor, state: BackboneState) -> tuple[Tensor, BackboneState]:
+        """One token: ids_t (B,) to (logits (B, V), state), in constant time and memory."""
+        hidden, state = self.backbone.step(ids_t, state)
+        return self.lm_head(hidden), state
+
+    def init_state(self, batch_size: int, *, device: Any = None, dtype: torch.dtype | None = None) -> BackboneState:
+        """An empty memory for ``batch_size`` sequences."""
+        return self.backbone.init_state(batch_size, device=device, dtype=dtype)

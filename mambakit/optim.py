@@ -1,0 +1,93 @@
+"""Optimiser groups that spare what decides the memory, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+# Decay would pull the memory's time constants towards one value: these are never decayed, whatever their shape.
+SPARED_NAMES = ("A_log", "A_b_log", "D", "D_b", "dt_bias", "pos_embed", "cls_token")
+
+
+@dataclass
+class OptimConfig:
+    """AdamW with linear warm-up and a cosine down to a floor.
+
+    Args:
+        lr: peak learning rate.
+        weight_decay: of matrices only; A_log, D, dt biases, all biases and norms have none.
+        betas: AdamW's averages.
+        eps: AdamW's epsilon.
+        warmup: steps of linear warm-up: a count from 1 up, or a fraction of all steps below 1.
+        min_lr_ratio: last learning rate over the peak.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    warmup: float = 0.1
+    min_lr_ratio: float = 0.1
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split a module's trainable parameters for an optimiser: decayed or not, and any special rates.
+
+    Not decayed: parameters marked ``_no_weight_decay``, one-dimensional ones (biases, norms), and those named in
+    ``SPARED_NAMES``. A parameter with an ``_optim`` dictionary (s4's convention, such as ``{"lr": 1e-3}``) gets its
+    own group with those options. A shared parameter counts once.
+
+    Returns:
+        groups with ``params``, ``names``, ``weight_decay`` and any special options. Each parameter is in exactly one.
+    """
+    groups: dict[tuple[tuple[str, Any], ...], dict[str, Any]] = {}
+    trainable = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    for name, parameter in trainable:
+        spared = getattr(parameter, "_no_weight_decay", False) or parameter.dim() < 2
+        spared = spared or name.rsplit(".", 1)[-1] in SPARED_NAMES
+        options = {"weight_decay": 0.0 if spared else weight_decay, **getattr(parameter, "_optim", {})}
+        group = groups.setdefault(tuple(sorted(options.items())), {"params": [], "names": [], **options})
+        group["params"].append(parameter)
+        group["names"].append(name)
+    placed = [id(parameter) for group in groups.values() for parameter in group["params"]]
+    if sorted(placed) != sorted(id(parameter) for _, parameter in trainable):
+        raise AssertionError("parameter_groups: a parameter is in no group or in two")
+    return list(groups.values())
+
+
+def describe_groups(groups: Iterable[dict[str, Any]]) -> str:
+    """One line a group: options, how many tensors and numbers, and which kinds of name."""
+    lines = []
+    for group in groups:
+        options = ", ".join(f"{k} {v:g}" for k, v in group.items() if k in ("lr", "weight_decay"))
+        numbers = sum(parameter.numel() for parameter in group["params"])
+        kinds = sorted({".".join(part for part in name.split(".")[-2:] if not part.isdigit()) for name in group["names"]})
+        lines.append(f"  {options}: {len(group['params'])} tensors, {numbers:,} numbers ({', '.join(kinds)})")
+    return "\n".join(lines)
+
+
+def warmup_cosine(
+    optimizer: torch.optim.Optimizer, total_steps: int, warmup: float, min_lr_ratio: float
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Scale every group's rate: 0 to 1 linearly over the warm-up, then a half cosine down to ``min_lr_ratio``.
+
+    Args:
+        optimizer: its groups' rates are the peaks.
+        total_steps: optimiser steps in all; past them the rate stays at the floor.
+        warmup: steps (from 1 up) or a fraction of ``total_steps`` (below 1).
+        min_lr_ratio: floor over peak.
+    """
+    warmup_steps = warmup if warmup >= 1 else warmup * total_steps
+
+    def scale(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        progress = min(1.0, (step - warmup_steps) / max(1.0, total_steps - warmup_steps))
+        return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
