@@ -15,7 +15,18 @@ if TYPE_CHECKING:
     from mambakit.models.language_model import LanguageModel as LanguageModel
 
 _HOMES = {"Backbone": "mambakit.backbone", "LanguageModel": "mambakit.models.language_model"}
-_ROOMS = ("kernels", "mixers", "embeddings", "heads", "tasks", "models", "generation", "interop", "datamodules", "optim")
+_ROOMS = (
+    "kernels",
+    "mixers",
+    "embeddings",
+    "heads",
+    "tasks",
+    "models",
+    "generation",
+    "interop",
+    "datamodules",
+    "optim",
+)
 
 __all__ = ["Backbone", "LanguageModel", "__version__"]
 

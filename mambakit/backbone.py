@@ -62,9 +62,7 @@ class Layer(nn.Module):
         return_state: bool,
     ) -> tuple[Tensor, Tensor, Any]:
         hidden, residual = self.norm(hidden, residual)
-        hidden, state = self.mixer.mix(
-            hidden, state=state, seq_idx=seq_idx, lengths=lengths, return_state=return_state
-        )
+        hidden, state = self.mixer.mix(hidden, state=state, seq_idx=seq_idx, lengths=lengths, return_state=return_state)
         return hidden, residual, state
 
 
@@ -146,7 +144,7 @@ class Backbone(nn.Module):
         padded = None if mask is None else RightPadded(mask)
         if padded is not None:
             x = padded.pack(x)
-            seq_idx = None if seq_idx is None else padded.pack(seq_idx)
+            seq_idx = None if seq_idx is None else padded.pack_seq_idx(seq_idx)
         lengths = None if padded is None else padded.lengths
 
         hidden, residual, states = self.dropout(x), None, []

@@ -66,7 +66,9 @@ def describe_groups(groups: Iterable[dict[str, Any]]) -> str:
     for group in groups:
         options = ", ".join(f"{k} {v:g}" for k, v in group.items() if k in ("lr", "weight_decay"))
         numbers = sum(parameter.numel() for parameter in group["params"])
-        kinds = sorted({".".join(part for part in name.split(".")[-2:] if not part.isdigit()) for name in group["names"]})
+        kinds = sorted(
+            {".".join(part for part in name.split(".")[-2:] if not part.isdigit()) for name in group["names"]}
+        )
         lines.append(f"  {options}: {len(group['params'])} tensors, {numbers:,} numbers ({', '.join(kinds)})")
     return "\n".join(lines)
 

@@ -97,7 +97,7 @@ class SequenceMixer(nn.Module):
             y, state = self.mix(
                 padded.pack(x),
                 state=state,
-                seq_idx=None if seq_idx is None else padded.pack(seq_idx),
+                seq_idx=None if seq_idx is None else padded.pack_seq_idx(seq_idx),
                 lengths=padded.lengths,
                 return_state=return_state,
             )
@@ -144,19 +144,22 @@ class RightPadded:
         self.lengths = mask.sum(dim=1)
         self.order = torch.argsort(~mask, dim=1, stable=True)
         self.inverse = torch.argsort(self.order, dim=1)
+        self.padding = torch.arange(mask.shape[1], device=mask.device) >= self.lengths.unsqueeze(1)
 
     def pack(self, x: Tensor) -> Tensor:
-        """(B, L, ...) with the real elements first; what lay under padding follows."""
-        return _gather(x, self.order)
+        """(B, L, D) with the real elements first, then zeros (whatever lay under padding, even NaN)."""
+        return x.gather(1, self.order.unsqueeze(-1).expand_as(x)).masked_fill(self.padding.unsqueeze(-1), 0)
+
+    def pack_seq_idx(self, seq_idx: Tensor) -> Tensor:
+        """(B, L) likewise; padding joins the last real sequence, so that nothing resets behind it."""
+        packed = seq_idx.gather(1, self.order)
+        last = packed.gather(1, (self.lengths - 1).clamp(min=0).unsqueeze(1))
+        return torch.where(self.padding, last, packed)
 
     def unpack(self, y: Tensor) -> Tensor:
         """The inverse of :meth:`pack`, with zeros at masked elements."""
-        y = _gather(y, self.inverse)
-        return y.masked_fill(~self.mask.view(*self.mask.shape, *[1] * (y.dim() - 2)), 0)
-
-
-def _gather(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index.view(*index.shape, *[1] * (x.dim() - 2)).expand_as(x))
+        y = y.gather(1, self.inverse.unsqueeze(-1).expand_as(y))
+        return y.masked_fill(~self.mask.unsqueeze(-1), 0)
 
 
 def check_sequence(name: str, x: Tensor, d_model: int, seq_idx: Tensor | None, mask: Tensor | None) -> None:

@@ -167,9 +167,7 @@ class Mamba1(SequenceMixer):
         return -torch.exp(self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float())
 
 
-def last_inputs(
-    x: Tensor, lengths: Tensor, width: int, initial_state: Tensor | None, seq_idx: Tensor | None
-) -> Tensor:
+def last_inputs(x: Tensor, lengths: Tensor, width: int, initial_state: Tensor | None, seq_idx: Tensor | None) -> Tensor:
     """The last ``width`` of the first ``lengths[b]`` inputs of each row, oldest first: (B, D, width) float32 or wider.
 
     Where a row is shorter, columns of ``initial_state`` (or zeros) come before; inputs of another sequence than the

@@ -1,0 +1,72 @@
+"""The one list the law tests read. A new mixer is finished when it stands here and the laws hold."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+
+from mambakit import Backbone
+from mambakit.mixers import Mamba1
+
+D_MODEL = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """A sequence model under test; ``tolerance`` is relative RMS in float64 on the CPU, float32 on a GPU."""
+
+    name: str
+    make: Callable[[int], torch.nn.Module]
+    causal: bool = True
+
+
+CASES = [
+    Case("mamba1", partial(Mamba1, d_state=3)),
+    Case("mamba1-wide-conv2", partial(Mamba1, d_state=5, d_conv=2, expand=3, dt_rank=2, bias=True)),
+    Case("mamba1-no-conv-bias", partial(Mamba1, d_state=1, d_conv=3, conv_bias=False, dt_init="constant")),
+    Case("backbone-mamba1", partial(Backbone, n_layers=2, mixer=partial(Mamba1, d_state=4))),
+]
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case.name)
+def case(request):
+    return request.param
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model under a law with the precision its device computes in."""
+
+    model: torch.nn.Module
+    device: str
+    dtype: torch.dtype
+    tolerance: float
+
+    def x(self, batch: int, length: int, seed: int = 0) -> torch.Tensor:
+        numbers = torch.randn(
+            batch, length, D_MODEL, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+        return numbers.to(self.device, self.dtype)
+
+
+@pytest.fixture
+def bench(case, device):
+    """Seeded, in float64 on the CPU (tolerance: rounding) and float32 on a GPU (tolerance: another order of sums)."""
+    torch.manual_seed(7)
+    dtype, tolerance = (torch.float64, 1e-9) if device == "cpu" else (torch.float32, 1e-4)
+    model = case.make(D_MODEL).to(device, dtype)
+    with torch.no_grad():  # larger steps than at initialisation, so that memory and forgetting both show
+        for name, parameter in model.named_parameters():
+            if name.endswith("dt_proj.bias"):
+                parameter.add_(3.0)
+            elif name.endswith((".bias", "D", "norm.weight")):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return Bench(model, device, dtype, tolerance)

@@ -1,0 +1,48 @@
+"""Optimiser groups and the schedule."""
+
+import pytest
+import torch
+from torch import nn
+
+from mambakit import Backbone, LanguageModel
+from mambakit.optim import describe_groups, parameter_groups, warmup_cosine
+
+
+def test_tied_weights_count_once():
+    model = LanguageModel(11, Backbone(8, 2))
+    groups = parameter_groups(model, 0.1)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_special_rates_and_marks_are_honoured():
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3), "c": nn.Linear(3, 3)})
+    model["a"].weight._optim = {"lr": 1e-4, "weight_decay": 0.0}
+    model["b"].weight._no_weight_decay = True
+    model["c"].weight.requires_grad_(False)
+    by_name = {name: group for group in parameter_groups(model, 0.1) for name in group["names"]}
+    assert by_name["a.weight"]["lr"] == 1e-4 and by_name["a.weight"]["weight_decay"] == 0.0
+    assert by_name["b.weight"]["weight_decay"] == 0.0 and "lr" not in by_name["b.weight"]
+    assert "c.weight" not in by_name
+
+
+def test_the_description_names_what_is_spared():
+    lines = describe_groups(parameter_groups(Backbone(8, 2), 0.1)).splitlines()
+    spared = next(line for line in lines if "weight_decay 0:" in line)
+    decayed = next(line for line in lines if "weight_decay 0.1" in line)
+    assert all(name in spared for name in ("A_log", "mixer.D", "dt_proj.bias", "norm.weight", "conv1d.bias"))
+    assert "in_proj.weight" in decayed and "A_log" not in decayed
+
+
+@pytest.mark.parametrize("warmup", [10, 0.1])
+def test_schedule(warmup):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = warmup_cosine(optimizer, total_steps=100, warmup=warmup, min_lr_ratio=0.1)
+    rates = []
+    for _ in range(120):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert 0 < rates[0] < 0.2 and rates[10] == pytest.approx(2.0)
+    assert all(a < b for a, b in zip(rates[:10], rates[1:11], strict=True))
+    assert all(a > b for a, b in zip(rates[10:99], rates[11:100], strict=True))
+    assert rates[55] == pytest.approx(1.1) and rates[100:] == pytest.approx([0.2] * 20)
