@@ -1,0 +1,148 @@
+"""Autoregressive generation: the prompt once through the state, then one constant-time step for each new id.
+
+Letters: B batch, L prompt length, N new ids, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mambakit.generation.sampling import check_options, sample
+
+
+class StepwiseModel(Protocol):
+    """What generation asks of a model; :class:`mambakit.models.LanguageModel` is one."""
+
+    training: bool
+
+    def __call__(self, input_ids: Tensor, *, mask: Tensor | None = None, return_state: bool = False) -> Any:
+        """Logits (B, L, V) of ids (B, L), and with ``return_state`` the state after each row's last real id."""
+
+    def step(self, ids_t: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Logits (B, V) of one id a row (B,), and the state after it."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Switch between training (dropout) and evaluation."""
+
+
+def generate(
+    model: StepwiseModel,
+    prompt_ids: Tensor,
+    max_new_tokens: int,
+    *,
+    mask: Tensor | None = None,
+    stop_ids: Sequence[int] = (),
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Continue a batch of prompts.
+
+    Args:
+        model: a language model, or anything with its ``forward``, ``step`` and ``train``; it runs in evaluation mode
+            and is put back as it was.
+        prompt_ids: (B, L) int64, L at least 1.
+        max_new_tokens: how many ids to add at most.
+        mask: (B, L) bool, True at real ids: prompts of unequal length, padded on the left or the right.
+        stop_ids: a row that draws one of these is finished, and repeats it until every row is.
+        temperature, top_k, top_p, min_p, generator: see :func:`mambakit.generation.sample`.
+
+    Returns:
+        The new ids only, (B, N) int64, N at most ``max_new_tokens``; fewer where every row finished before.
+
+    Raises:
+        ValueError: an empty prompt, a mask of another shape, or an option outside its range.
+    """
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    drawn = list(
+        stream(model, prompt_ids, max_new_tokens, mask=mask, stop_ids=stop_ids, generator=generator, **options)
+    )
+    return torch.stack(drawn, dim=1) if drawn else prompt_ids.new_empty(prompt_ids.shape[0], 0)
+
+
+def stream(
+    model: StepwiseModel,
+    prompt_ids: Tensor,
+    max_new_tokens: int,
+    *,
+    mask: Tensor | None = None,
+    stop_ids: Sequence[int] = (),
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """As :func:`generate`, handing out each step's ids (B,) as soon as they are drawn.
+
+    Arguments are checked at the call, before the first id is asked for.
+    """
+    check_options(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    _check_prompt(prompt_ids, max_new_tokens, mask)
+
+    def draw(logits: Tensor) -> Tensor:
+        return sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, generator=generator)
+
+    return _stream(model, prompt_ids, max_new_tokens, mask, stop_ids, draw)
+
+
+@torch.inference_mode()
+def _stream(
+    model: StepwiseModel, prompt_ids: Tensor, max_new_tokens: int, mask: Tensor | None, stop_ids: Any, draw: Any
+) -> Iterator[Tensor]:
+    if max_new_tokens == 0:
+        return
+    stops = torch.tensor(list(stop_ids), dtype=prompt_ids.dtype, device=prompt_ids.device)
+    was_training = model.training
+    model.train(False)
+    try:
+        logits, state = model(prompt_ids, mask=mask, return_state=True)
+        ids = draw(logits[torch.arange(len(logits), device=logits.device), last_real(prompt_ids, mask)])
+        finished = torch.isin(ids, stops)
+        yield ids
+        for _ in range(max_new_tokens - 1):
+            # Only a caller with stop ids pays for looking, which on a GPU waits for the device.
+            if len(stops) and bool(finished.all()):
+                return
+            logits, state = model.step(ids, state)
+            ids = torch.where(finished, ids, draw(logits))
+            finished = finished | torch.isin(ids, stops)
+            yield ids
+    finally:
+        model.train(was_training)
+
+
+def last_real(prompt_ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Index (B,) int64 of each row's last id that the mask (B, L) holds real."""
+    batch, length = prompt_ids.shape
+    if mask is None:
+        return torch.full((batch,), length - 1, device=prompt_ids.device)
+    return length - 1 - mask.flip(1).int().argmax(dim=1)
+
+
+def _check_prompt(prompt_ids: Tensor, max_new_tokens: int, mask: Tensor | None) -> None:
+    if prompt_ids.dim() != 2 or 0 in prompt_ids.shape:
+        raise ValueError(
+            f"generate: prompt_ids has shape {tuple(prompt_ids.shape)}, expected (batch, length) with at least one id"
+        )
+    if prompt_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"generate: prompt_ids has dtype {prompt_ids.dtype}, expected int64 ids")
+    if max_new_tokens < 0:
+        raise ValueError(f"generate: max_new_tokens is {max_new_tokens}, expected 0 or more")
+    if mask is None:
+        return
+    if mask.shape != prompt_ids.shape:
+        raise ValueError(
+            f"generate: mask has shape {tuple(mask.shape)}, expected that of prompt_ids, {tuple(prompt_ids.shape)}"
+        )
+    if mask.dtype != torch.bool:
+        raise TypeError(f"generate: mask has dtype {mask.dtype}, expected bool, True at real ids (mask.bool())")
+    empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"generate: mask leaves no real id in row {empty[0]}; every prompt needs at least one")
