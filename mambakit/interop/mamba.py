@@ -1,4 +1,4 @@
-"""Released Mamba-1 language models: mamba_ssm's and Hugging Face transformers' checkpoints, by configuration and keys."""
+"""Released Mamba-1 language models: checkpoints of mamba_ssm and of Hugging Face transformers."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ NO_STEP = -1.0e4
 
 @dataclass
 class Mamba1State(State):
-    """``conv`` (B, D, W-1): the convolution's last inputs, oldest first. ``ssm`` (B, D, N): the scan's state, float32."""
+    """``conv`` (B, D, W-1): the last inputs of the convolution, oldest first; ``ssm`` (B, D, N): the scan's state."""
 
     conv: Tensor
     ssm: Tensor

@@ -13,7 +13,7 @@ from mambakit.heads import LanguageModelHead
 
 
 class LanguageModel(nn.Module):
-    """p(next token | tokens so far), with mamba_ssm's parameter names (``backbone.embedding.weight``, ``lm_head.weight``).
+    """p(next token | tokens so far), with mamba_ssm's parameter names (``backbone.*``, ``lm_head.weight``).
 
     Args:
         vocab_size: V, number of token ids.
@@ -56,7 +56,7 @@ class LanguageModel(nn.Module):
         mask: Tensor | None = None,
         reduction: str = "mean",
     ) -> Tensor:
-        """Cross-entropy in nats of labels (B, L), already shifted: labels[:, t] follows input_ids[:, t]; -100 is skipped."""
+        """Cross-entropy in nats of labels (B, L): labels[:, t] is what follows input_ids[:, t]; -100 is skipped."""
         return self.lm_head.loss(self.backbone(input_ids, seq_idx=seq_idx, mask=mask), labels, reduction)
 
     def step(self, ids_t: Tensor, state: BackboneState) -> tuple[Tensor, BackboneState]:

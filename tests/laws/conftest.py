@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mambakit import Backbone
+from mambakit.kernels.testing import random_tensor
 from mambakit.mixers import Mamba1
 
 D_MODEL = 8
@@ -51,10 +52,7 @@ class Bench:
     tolerance: float
 
     def x(self, batch: int, length: int, seed: int = 0) -> torch.Tensor:
-        numbers = torch.randn(
-            batch, length, D_MODEL, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-        )
-        return numbers.to(self.device, self.dtype)
+        return random_tensor(batch, length, D_MODEL, seed=seed, dtype=self.dtype, device=self.device)
 
 
 @pytest.fixture

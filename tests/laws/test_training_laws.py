@@ -12,7 +12,7 @@ from mambakit.optim import SPARED_NAMES, parameter_groups
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_gradcheck(case, backend):
-    """Analytic gradients equal finite differences in float64: input, initial state, parameters, through the final state."""
+    """Gradients equal finite differences in float64: input, initial state, parameters, through the final state."""
     torch.manual_seed(1)
     model = case.make(2).double()
     x = torch.randn(1, 3, 2, dtype=torch.float64, requires_grad=True)
