@@ -68,14 +68,14 @@ def test_autocast(case, device, dtype):
     """Mixed precision: outputs and gradients near float32's; parameters' gradients stay float32."""
     torch.manual_seed(2)
     model = case.make(16).to(device)
-    x = torch.randn(2, 12, 16, device=device)
+    x, weight = torch.randn(2, 2, 12, 16, device=device)
     want = model(x)
-    want.float().square().sum().backward()
+    (weight * want).sum().backward()
     wanted = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     with torch.autocast(device, dtype=dtype):
         got = model(x)
-    got.float().square().sum().backward()
+    (weight * got.float()).sum().backward()
     # bfloat16 keeps 8 bits: 2^-8 a rounding, a dozen roundings in a chain.
     tolerance = 0.05 if dtype == torch.bfloat16 else 0.01
     assert_close("outputs", got.float(), want, tolerance)
