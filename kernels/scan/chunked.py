@@ -25,7 +25,7 @@ TILE = 2**19
 # A step of fewer elements than the first number costs more in calls than in arithmetic. Then each sequence is cut into
 # lanes scanned side by side, enough of them for steps of the second number; the price is a second pass over time, to
 # find the state at which each lane starts.
-SMALL_STEP, LANED_STEP = 2**12, 2**15
+SMALL_STEP, LANED_STEP = 2**13, 2**15
 
 
 def checkpoint_shape(batch: int, length: int, channels: int, d_state: int) -> tuple[int, int, int, int]:

@@ -7,12 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def state_dtype(*tensors: Tensor | None) -> torch.dtype:
+def state_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of the recurrence: float32, widened to float64 or to complex where an argument is."""
     wide = torch.float32
     for tensor in tensors:
-        if tensor is not None:
-            wide = torch.promote_types(wide, tensor.dtype)
+        wide = torch.promote_types(wide, tensor.dtype)
     return wide
 
 
@@ -46,7 +45,7 @@ def scan_reference(
     for tests and for reading.
     """
     batch, length, channels = u.shape
-    dtype = state_dtype(u, delta, A, B, C, initial_state)
+    dtype = state_dtype(u, delta, A, B, C)
     real = torch.empty((), dtype=dtype).real.dtype
     wide_u, wide_delta = u.to(real), delta.to(real)
     A, B, C = A.to(dtype), B.to(dtype), C.to(dtype)
