@@ -296,12 +296,12 @@ class TextDataModule(LightningDataModule):
             "pin_memory": torch.cuda.is_available(),
         }
 
-    def _processes(self) -> dict[str, int]:
+    def _processes(self) -> dict[str, Any]:
         """How many processes share the data, and which one this is, as the trainer's strategy has it."""
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        return {"num_replicas": 1, "rank": 0} | (kwargs or {})
+        return kwargs or {"num_replicas": 1, "rank": 0}
 
     def _finished_batches(self) -> int:
         """Batches of this epoch that training has taken its step on."""
         assert self.trainer is not None
-        return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
