@@ -5,8 +5,18 @@ Each operator lies in a folder of its own: the definition (reference), vectorise
 registered operator with its one public function. :mod:`mambakit.kernels.dispatch` chooses between them.
 """
 
+from mambakit.kernels.conv import causal_conv1d, causal_conv1d_update
 from mambakit.kernels.dispatch import use_backend
+from mambakit.kernels.norm import gated_rms_norm, layer_norm, rms_norm
+from mambakit.kernels.scan import selective_scan, selective_state_update
 
 __all__ = [
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "gated_rms_norm",
+    "layer_norm",
+    "rms_norm",
+    "selective_scan",
+    "selective_state_update",
     "use_backend",
 ]
