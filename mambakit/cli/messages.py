@@ -1,0 +1,95 @@
+"""Turns an error into the one sentence that a user can act on."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+from argparse import ArgumentError
+from collections.abc import Iterable
+
+# Lines of jsonargparse's report that only frame the ones which say what is wrong.
+_FRAMES = ("Does not validate", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value type:")
+
+
+def one_sentence(error: Exception) -> str:
+    """The error in one line. One that nobody here has worded is called by its class, and points to --traceback."""
+    if isinstance(error, ArgumentError):
+        return explain(error.message)
+    text = " ".join(str(error).split())
+    if isinstance(error, (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError)) and text:
+        return text
+    return f"{type(error).__name__}: {text or 'no message'} (--traceback shows where)"
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """``"; did you mean X?"`` for the closest of ``choices``, or nothing where none is close."""
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def explain(message: str, keys: Iterable[str] = ()) -> str:
+    """A report of jsonargparse, which is a tree of classes and alternatives, as one sentence.
+
+    Args:
+        message: the report.
+        keys: the options that exist, dotted, for what was misspelt at the top.
+    """
+    path, class_path, causes, given = _read_tree(message)
+    cause = " or ".join(dict.fromkeys(causes)) or " ".join(message.split())
+    keys = list(keys)
+    if match := re.search(r"Option '([^']+)' is not accepted", cause):
+        options = _options_of(class_path)
+        return (
+            f"--{'.'.join([*path, match[1]])}: {class_path} has no option {match[1]!r}"
+            f"{did_you_mean(match[1], options)}; it takes {', '.join(options)}"
+        )
+    if match := re.search(r"unrecognized arguments: (\S+)", cause):
+        return _unknown(".".join([*path, match[1].lstrip("-").split("=")[0]]), keys)
+    if match := re.search(r"does not accept option '([^']+)'", cause):
+        return _unknown(match[1], keys)
+    if match := re.search(r"module '([^']+)' has no attribute '([^']+)'", cause):
+        names = dir(importlib.import_module(match[1]))
+        return f"--{'.'.join(path)}: there is no class {class_path}{did_you_mean(match[2], names)}"
+    if match := re.search(r"arguments are required: (.+)", cause):
+        missing = [name.split(".")[-1] for name in match[1].split(", ")]
+        where = f"--{'.'.join(path)}: {class_path} needs" if path else "this command needs"
+        return f"{where} {' and '.join(missing)}; take a recipe with --config NAME ('mambakit recipes' lists them)"
+    cause = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", cause).replace("typing.", "")
+    return f"--{'.'.join(path)}: {cause}{given}" if path else cause
+
+
+def _read_tree(message: str) -> tuple[list[str], str, list[str], str]:
+    """(key parts, innermost class, causes, "; got VALUE") down the first branch of the report."""
+    path: list[str] = []
+    class_path, causes = "", []
+    for line in message.splitlines():
+        line = line.strip().removeprefix("- ")
+        if match := re.match(r'Parser key "([^"]+)":\s*(.*)', line):
+            path.append(match[1])
+            line = match[2]
+        elif match := re.match(r"Problem with given class_path '([^']+)':", line):
+            class_path, line = match[1], ""
+        elif match := re.match(r"Given value: (?!NestedArg|Namespace|\{)(.*)", line):
+            return path, class_path, causes, f"; got {match[1]}"
+        if line.startswith("Given value"):
+            break
+        if line and not line.startswith(_FRAMES):
+            causes.append(line)
+    return path, class_path, causes, ""
+
+
+def _options_of(class_path: str) -> list[str]:
+    module, _, name = class_path.rpartition(".")
+    return [
+        key for key in inspect.signature(getattr(importlib.import_module(module), name)).parameters if key != "self"
+    ]
+
+
+def _unknown(option: str, keys: list[str]) -> str:
+    if option.startswith(("model.", "data.")) and f"{option.split('.')[0]}" in keys:
+        part = option.split(".")[0]
+        return f"--{option}: no {part} is chosen yet; take a recipe with --config NAME before this option"
+    guess = did_you_mean(option, keys) or did_you_mean(option.split(".")[0], {key.split(".")[0] for key in keys})
+    return f"--{option}: there is no such option{guess}"
