@@ -1,0 +1,113 @@
+"""The loss chunk by chunk of rows: logits, softmax, and their gradient, which takes the logits' place.
+
+Letters: N rows (tokens), D channels, V vocabulary. At most a chunk of the (N, V) logits exists at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# The gradient of the weight is read and written once a chunk, so a chunk has rows enough to make that cheap; with a
+# small vocabulary it has as many as the cache (on a GPU: a tenth of a gigabyte) holds.
+CPU_ROWS, CPU_ELEMENTS = 256, 2**18
+GPU_ROWS, GPU_ELEMENTS = 1024, 2**26
+
+# (logits, labels, ignore_index, label_smoothing, softcap, row_scale, gradients) -> losses; see softmax_rows.
+Softmax = Callable[[Tensor, Tensor, int, float, "float | None", "Tensor | None", bool], Tensor]
+
+
+def losses_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    row_scale: Tensor | None,
+    gradients: bool,
+    softmax: Softmax,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Losses (N,), and with ``gradients`` those of ``sum(row_scale * losses)`` (row_scale None: all ones).
+
+    Returns losses in float32 (float64 for float64), dhidden (N, D) in hidden's dtype, dweight (V, D) and dbias (V,)
+    in the losses' dtype. The matrix products are taken in hidden's dtype, on a CPU in float32 at least, since few
+    CPUs multiply half precision any faster.
+    """
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    compute = exact if hidden.device.type == "cpu" else hidden.dtype
+    (rows, channels), vocabulary = hidden.shape, weight.shape[0]
+    weight = weight.to(compute)
+    bias = None if bias is None else bias.to(compute)
+    losses = torch.empty(rows, dtype=exact, device=hidden.device)
+    dhidden = dweight = dbias = None
+    if gradients:
+        dhidden = torch.empty(rows, channels, dtype=hidden.dtype, device=hidden.device)
+        dweight = torch.empty(vocabulary, channels, dtype=exact, device=hidden.device)
+        dbias = None if bias is None else torch.zeros(vocabulary, dtype=exact, device=hidden.device)
+    step = _chunk_rows(hidden, vocabulary)
+    for start in range(0, rows, step):
+        chunk = slice(start, start + step)
+        inputs = hidden[chunk].to(compute)
+        logits = inputs @ weight.t() if bias is None else torch.addmm(bias, inputs, weight.t())
+        scale = None if row_scale is None else row_scale[chunk]
+        losses[chunk] = softmax(logits, labels[chunk], ignore_index, label_smoothing, softcap, scale, gradients)
+        if dhidden is None or dweight is None:
+            continue
+        dlogits = logits
+        dhidden[chunk] = dlogits @ weight
+        if compute == exact:
+            dweight.addmm_(dlogits.t(), inputs, beta=0 if start == 0 else 1)
+        else:
+            share = torch.mm(dlogits.t(), inputs, out_dtype=exact)
+            dweight = share if start == 0 else dweight.add_(share)
+        if dbias is not None:
+            dbias += dlogits.sum(dim=0, dtype=exact)
+    return losses, dhidden, dweight, dbias
+
+
+def _chunk_rows(hidden: Tensor, vocabulary: int) -> int:
+    if hidden.device.type == "cpu":
+        return max(CPU_ROWS, CPU_ELEMENTS // vocabulary)
+    return max(GPU_ROWS, GPU_ELEMENTS // vocabulary)
+
+
+def softmax_rows(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    row_scale: Tensor | None,
+    gradients: bool,
+) -> Tensor:
+    """Losses (n,) of logits (n, V); with ``gradients`` the logits are overwritten by their gradient.
+
+    A label outside 0 .. V-1 that is not ``ignore_index`` gives NaN.
+    """
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    capped = logits.to(exact) if softcap is None else torch.tanh(logits.to(exact) / softcap) * softcap
+    log_p = torch.log_softmax(capped, dim=-1)
+    ignored = labels == ignore_index
+    strange = ~ignored & ((labels < 0) | (labels >= logits.shape[1]))
+    index = labels.masked_fill(ignored | strange, 0).unsqueeze(1)
+    losses = log_p.gather(1, index).squeeze(1) * (label_smoothing - 1)
+    if label_smoothing:
+        losses -= label_smoothing * log_p.mean(-1)
+    losses.masked_fill_(ignored, 0).masked_fill_(strange, torch.nan)
+    if gradients:
+        dlogits = log_p.exp_()
+        if label_smoothing:
+            dlogits -= label_smoothing / logits.shape[1]
+        dlogits.scatter_add_(1, index, torch.full_like(index, label_smoothing - 1, dtype=exact))
+        if softcap is not None:
+            dlogits *= 1 - (capped / softcap).square_()
+        if row_scale is not None:
+            dlogits *= row_scale.unsqueeze(1)
+        if logits.device.type != "cpu" or bool(ignored.any()):  # a GPU would have to be waited for
+            dlogits.masked_fill_(ignored.unsqueeze(1), 0)
+        logits.copy_(dlogits)
+    return losses

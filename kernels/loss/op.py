@@ -1,0 +1,247 @@
+"""The registered operator and the public function :func:`linear_cross_entropy`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambakit.kernels.checks import FLOATS, check_device, check_dtype, check_shape
+from mambakit.kernels.dispatch import choose
+from mambakit.kernels.loss import chunked, reference
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Cross-entropy of ``hidden @ weight.T + bias`` against ``labels``, without ever holding all of these logits.
+
+    With ``l = hidden @ weight.T + bias``, or ``softcap * tanh(l / softcap)`` (Gemma 2, arXiv:2408.00118), the loss of
+    a token is ``logsumexp(l) - (1 - s) * l[label] - s * mean(l)``, s the label smoothing (Szegedy et al.,
+    arXiv:1512.00567); in nats. The logits exist for a chunk of tokens at a time. The products are taken in hidden's
+    dtype (under autocast: autocast's), the log-sum-exp and the sum of the weight's gradient in float32.
+
+    The gradients of "mean" and "sum" are computed in the forward pass, while a chunk's logits are there: three matrix
+    products in all, as many as the plain loss needs, where computing the logits again would need four. What they cost
+    is memory between forward and backward, that of hidden and of a float32 weight. With "none" each token's gradient
+    is known in the backward alone, so there the logits are computed again.
+
+    Args:
+        hidden: (..., D), float16, bfloat16, float32 or float64, any strides.
+        weight: (V, D), any of those dtypes.
+        labels: (...), int64, from 0 to V-1, or ``ignore_index``.
+        bias: (V,).
+        ignore_index: tokens with this label have no loss and no gradient.
+        reduction: "mean" over the tokens that are not ignored (0 where all are), "sum", or "none".
+        label_smoothing: from 0 to 1.
+        softcap: a positive number, or None.
+        backend: "auto", "triton", "torch" or "reference".
+
+    Returns:
+        A scalar, or with "none" the losses in labels' shape (0 where ignored), float32 (float64 for float64).
+        Gradients flow to hidden, weight and bias.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype, device, option or backend, named; on a CPU also a label that is
+            out of range. On a GPU, where looking would mean waiting, such a label gives a loss of NaN.
+    """
+    _check(hidden, weight, labels, bias, reduction, label_smoothing, softcap)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    rows, row_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    obstacle = "its kernel computes in float32 and hidden is float64" if hidden.dtype == torch.float64 else None
+    chosen = choose("linear_cross_entropy", backend, hidden, obstacle).backend
+    if chosen == "reference":
+        _check_labels(row_labels, weight.shape[0], ignore_index)
+        with torch.autocast(device, enabled=False):
+            losses = reference.linear_cross_entropy(
+                rows, weight, row_labels, bias, ignore_index, label_smoothing, softcap
+            )
+        loss = _reduce(losses, row_labels, ignore_index, reduction)
+    else:
+        differentiable = any(tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias))
+        gradients = reduction != "none" and torch.is_grad_enabled() and differentiable
+        options = (ignore_index, reduction, float(label_smoothing), softcap, chosen)
+        loss = _linear_cross_entropy(rows, weight, row_labels, bias, gradients, *options)[0]
+    return loss.view(labels.shape) if reduction == "none" else loss
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    reduction: str,
+    label_smoothing: float,
+    softcap: float | None,
+) -> None:
+    name = "linear_cross_entropy"
+    if not isinstance(hidden, Tensor):
+        raise TypeError(f"{name}: hidden must be a tensor, got {type(hidden).__name__}")
+    if hidden.dim() == 0 or hidden.numel() == 0:
+        raise ValueError(
+            f"{name}: hidden has shape {tuple(hidden.shape)}, expected (..., channels); every axis needs at least one "
+            "element"
+        )
+    check_dtype(name, "hidden", hidden, *FLOATS)
+    check_shape(name, "weight", weight, vocabulary=None, channels=hidden.shape[-1])
+    check_dtype(name, "weight", weight, *FLOATS)
+    check_device(name, "weight", weight, hidden, "hidden")
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name}: labels must be a tensor, got {type(labels).__name__}")
+    if labels.shape != hidden.shape[:-1]:
+        expected = tuple(hidden.shape[:-1])
+        raise ValueError(
+            f"{name}: labels has shape {tuple(labels.shape)}, expected hidden's without the last, {expected}"
+        )
+    check_dtype(name, "labels", labels, torch.int64)
+    check_device(name, "labels", labels, hidden, "hidden")
+    if bias is not None:
+        check_shape(name, "bias", bias, vocabulary=weight.shape[0])
+        check_dtype(name, "bias", bias, *FLOATS)
+        check_device(name, "bias", bias, hidden, "hidden")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{name}: reduction={reduction!r} is unknown; expected one of {', '.join(REDUCTIONS)}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{name}: label_smoothing={label_smoothing} is out of range; expected 0 to 1")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"{name}: softcap={softcap} must be positive; None leaves the logits as they are")
+
+
+def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
+    if labels.device.type != "cpu":
+        return
+    strange = labels[(labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))]
+    if strange.numel():
+        raise ValueError(
+            f"linear_cross_entropy: labels holds {int(strange[0])}, expected 0 to {vocabulary - 1} (weight has "
+            f"{vocabulary} rows) or ignore_index={ignore_index}"
+        )
+
+
+def _count(labels: Tensor, ignore_index: int) -> Tensor:
+    """The tokens that count, at least 1: the mean over none is 0."""
+    return (labels != ignore_index).sum().clamp(min=1)
+
+
+def _reduce(losses: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    if reduction == "none":
+        return losses
+    return losses.sum() / _count(labels, ignore_index) if reduction == "mean" else losses.sum()
+
+
+def _softmax(backend: str) -> chunked.Softmax:
+    if backend == "triton":
+        from mambakit.kernels.loss import triton_kernels
+
+        return triton_kernels.softmax_rows
+    return chunked.softmax_rows
+
+
+@torch.library.custom_op("mambakit::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    gradients: bool,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    softcap: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, and with ``gradients`` those of the *sum* of the losses: dividing by the count is left to the backward,
+    in float32, for in float16 small numbers would vanish.
+    """
+    _check_labels(labels, weight.shape[0], ignore_index)
+    with torch.autocast(hidden.device.type, enabled=False):  # the dtypes here are chosen, not autocast's to change
+        losses, *found = chunked.losses_and_gradients(
+            hidden, weight, labels, bias, ignore_index, label_smoothing, softcap, None, gradients, _softmax(backend)
+        )
+        loss = _reduce(losses, labels, ignore_index, reduction)
+    dhidden, dweight, dbias = (losses.new_empty(0) if gradient is None else gradient for gradient in found)
+    return loss, dhidden, dweight, dbias
+
+
+@_linear_cross_entropy.register_fake
+def _(hidden, weight, labels, bias, gradients, ignore_index, reduction, label_smoothing, softcap, backend):  # type: ignore[no-untyped-def]
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    loss = hidden.new_empty(labels.shape if reduction == "none" else (), dtype=exact)
+    if not gradients:
+        return loss, *(loss.new_empty(0) for _ in range(3))
+    dbias = loss.new_empty(0) if bias is None else loss.new_empty(bias.shape)
+    return loss, hidden.new_empty(hidden.shape), loss.new_empty(weight.shape), dbias
+
+
+@torch.library.custom_op("mambakit::linear_cross_entropy_backward", mutates_args=())
+def _linear_cross_entropy_backward(
+    dlosses: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dhidden, dweight and dbias (empty without bias) of ``sum(dlosses * losses)``, the logits computed again."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        _, dhidden, dweight, dbias = chunked.losses_and_gradients(
+            hidden, weight, labels, bias, ignore_index, label_smoothing, softcap, dlosses, True, _softmax(backend)
+        )
+    assert dhidden is not None and dweight is not None
+    return dhidden, dweight, dweight.new_empty(0) if dbias is None else dbias
+
+
+@_linear_cross_entropy_backward.register_fake
+def _(dlosses, hidden, weight, labels, bias, ignore_index, label_smoothing, softcap, backend):  # type: ignore[no-untyped-def]
+    dbias = dlosses.new_empty(0 if bias is None else bias.shape)
+    return hidden.new_empty(hidden.shape), dlosses.new_empty(weight.shape), dbias
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, labels, bias, _, ctx.ignore_index, ctx.reduction, ctx.label_smoothing, ctx.softcap, ctx.backend = (
+        inputs
+    )
+    ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
+    if ctx.reduction == "none":
+        ctx.save_for_backward(hidden, weight, labels, bias)
+    else:
+        ctx.save_for_backward(labels, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros of the weight's size for outputs that nobody sees
+
+
+def _gradients(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dloss is None:
+        return (None,) * 10
+    if ctx.reduction == "none":
+        hidden, weight, labels, bias = ctx.saved_tensors
+        dhidden, dweight, dbias = _linear_cross_entropy_backward(
+            dloss, hidden, weight, labels, bias, ctx.ignore_index, ctx.label_smoothing, ctx.softcap, ctx.backend
+        )
+    else:
+        labels, dhidden, dweight, dbias = ctx.saved_tensors
+        scale = dloss / _count(labels, ctx.ignore_index) if ctx.reduction == "mean" else dloss
+        dhidden = (dhidden.to(scale.dtype) * scale).to(dhidden.dtype)
+        dweight, dbias = dweight * scale, dbias * scale
+    dbias = None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
+    return dhidden, dweight.to(ctx.weight_dtype), None, dbias, None, None, None, None, None, None
+
+
+_linear_cross_entropy.register_autograd(_gradients, setup_context=_setup_context)
