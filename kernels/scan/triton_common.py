@@ -1,4 +1,4 @@
-"""What the scan's forward and backward kernels share: their arithmetic, their tiles, and how a call is cut into programs.
+"""What the forward and backward scan share: their arithmetic, their tiles, and how a call is cut into programs.
 
 Letters: B batch, L length, D channels, N state size, G groups of channels that share one B_t and C_t.
 
@@ -58,7 +58,7 @@ def load_rows(pointer, stride, d, in_d, t0, length, first, DIRECTION: tl.constex
     if pointer is not None:
         for i in tl.static_range(STEPS):
             row = pointer + (first + DIRECTION * (t0 + i)) * stride + d
-            rows = rows + (tl.load(row, mask=in_d & (t0 + i < length), other=0.0),)
+            rows += (tl.load(row, mask=in_d & (t0 + i < length), other=0.0),)
     return rows
 
 
@@ -71,7 +71,7 @@ def load_vectors(
     if not CONSTANT:
         for i in tl.static_range(STEPS):
             vector = pointer + (first + DIRECTION * (t0 + i)) * stride + n
-            vectors = vectors + (tl.load(vector, mask=in_n & (t0 + i < length), other=0.0),)
+            vectors += (tl.load(vector, mask=in_n & (t0 + i < length), other=0.0),)
     return vectors
 
 
@@ -84,7 +84,7 @@ def load_resets(seq_idx, t0, length, first, DIRECTION: tl.constexpr, STEPS: tl.c
             here = seq_idx + first + DIRECTION * (t0 + i)
             inside = (t0 + i > 0) & (t0 + i < length)
             value = tl.load(here, mask=inside, other=0)
-            resets = resets + (value != tl.load(here - DIRECTION, mask=inside, other=0),)
+            resets += (value != tl.load(here - DIRECTION, mask=inside, other=0),)
     return resets
 
 
@@ -136,14 +136,19 @@ def group_count(vector: Tensor) -> int:
 def chunk_length(length: int) -> int:
     """Steps between two stored states: about 2 sqrt(L), a power of two from 16 to 128.
 
-    The states stored for the backward grow as L / chunk, the ones it recomputes inside one chunk as chunk / 4.
+    The stored states grow as L / chunk, the scratch of the backward's recomputation as chunk; this balances them.
+    Written as comparisons, so that a symbolic length under ``torch.compile`` stays symbolic.
     """
-    return min(128, max(16, triton.next_power_of_2(math.isqrt(4 * length))))
+    chunk = 16
+    while chunk < 128 and chunk * chunk < 4 * length:
+        chunk *= 2
+    return chunk
 
 
 def checkpoint_shape(batch: int, length: int, channels: int, d_state: int) -> tuple[int, int, int, int]:
     """Shape of the float32 states kept for the backward: (B, chunks, N, D), each the state before its chunk."""
-    return batch, triton.cdiv(length, chunk_length(length)), d_state, channels
+    chunk = chunk_length(length)
+    return batch, (length + chunk - 1) // chunk, d_state, channels
 
 
 def unit_stride(tensor: Tensor | None) -> Tensor | None:
