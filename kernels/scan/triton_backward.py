@@ -7,7 +7,12 @@ recurrence: exp(delta A) is often close to 0. A chunk is recomputed twice: once 
 scratch of this program's own, then those few steps at a time in registers, where the reverse scan uses them.
 """
 
+# Inside a kernel tuples grow step by step, which mypy takes for an assignment of another type.
+# mypy: disable-error-code="assignment, misc, var-annotated"
+
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -248,7 +253,7 @@ def scan_backward(
     # Steps whose states and decays stay in registers together: 4 fill 255 registers at 8 states a thread, 2 at 16.
     steps = 4 if cut.BN <= 8 else 2
 
-    def empty(*shape: int, dtype: torch.dtype | None = torch.float32) -> Tensor | None:
+    def empty(*shape: int, dtype: torch.dtype | None = torch.float32) -> Any:
         return None if dtype is None else torch.empty(shape, dtype=dtype, device=u.device)
 
     du, ddelta, dz = (empty(batch, length, channels, dtype=dtype) for dtype in dtypes)
@@ -257,8 +262,8 @@ def scan_backward(
         empty(batch, d_state, channels) if vector.dim() == 2 else empty(cut.blocks, batch, length, d_state)
         for vector in (B, C)
     )
-    dD, dbias = (None if tensor is None else empty(batch, channels) for tensor in (D, delta_bias))
-    dinitial = None if initial_state is None else empty(batch, d_state, channels)
+    dD, dbias = (empty(batch, channels, dtype=None if t is None else torch.float32) for t in (D, delta_bias))
+    dinitial = empty(batch, d_state, channels, dtype=None if initial_state is None else torch.float32)
     scratch = empty(batch * cut.blocks, chunk // steps, d_state, cut.BD)
     with device_guard(u):
         scan_backward_kernel[(batch * cut.blocks,)](

@@ -9,10 +9,13 @@ out of Triton's specialisation (``do_not_specialize``) for the same reason: know
 would deal four neighbouring channels to a thread and scatter the states over lanes.
 """
 
+# Inside a kernel tuples grow step by step, which mypy takes for an assignment of another type.
+# mypy: disable-error-code="assignment, misc, var-annotated"
+
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -151,16 +154,14 @@ def checkpoint_shape(batch: int, length: int, channels: int, d_state: int) -> tu
     return batch, (length + chunk - 1) // chunk, d_state, channels
 
 
-def unit_stride(tensor: Tensor | None) -> Tensor | None:
+def unit_stride(tensor: Tensor | None) -> Any:
     """The tensor with adjacent elements along its last axis: itself where that holds already."""
-    if tensor is None or tensor.stride(-1) == 1:
-        return tensor
-    return tensor.contiguous()
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def states_first(tensor: Tensor | None) -> Tensor | None:
+def states_first(tensor: Tensor | None) -> Any:
     """(..., D, N) as a contiguous (..., N, D): the order of the kernels' tiles, see the head of this file."""
-    return None if tensor is None else tensor.transpose(-1, -2).contiguous()
+    return tensor if tensor is None else tensor.transpose(-1, -2).contiguous()
 
 
 def vector_strides(vector: Tensor) -> tuple[int, int, int]:

@@ -23,8 +23,15 @@ def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], in
     A signature gives each argument its Triton type (``*bf16``, ``i32``, ``constexpr``); an absent tensor is a
     constexpr None.
     """
-    everything = {"CONSTANT_B": False, "CONSTANT_C": False}
-    plain = {"CONSTANT_B": True, "CONSTANT_C": True, "z": None, "D": None, "bias": None, "initial": None}
+    everything: dict[str, Any] = {"CONSTANT_B": False, "CONSTANT_C": False}
+    plain: dict[str, Any] = {
+        "CONSTANT_B": True,
+        "CONSTANT_C": True,
+        "z": None,
+        "D": None,
+        "bias": None,
+        "initial": None,
+    }
     plain |= {"seq_idx": None, "dz": None, "dD": None, "dbias": None, "dfinal": None, "dinitial": None}
     for options, dtype, BN, warps in ((everything, "bf16", 16, (1, 1)), (plain, "fp32", 64, (1, 4))):
         for kernel, BD, num_warps in zip((scan_forward_kernel, scan_backward_kernel), (32, 32), warps, strict=True):
