@@ -173,7 +173,7 @@ class FileTokenizer(Tokenizer):
         ids = np.asarray(encoding.ids, dtype=np.int64)
         # Offsets are in characters; a token stands for the text from where the last one ended to its own end. So
         # spaces that a tokenizer skips count with the next token, a character in two pieces with the first.
-        ends = np.maximum.accumulate(np.asarray([end for _, end in encoding.offsets], dtype=np.int64))
+        ends = np.asarray([end for _, end in encoding.offsets], dtype=np.int64)
         if len(ends):
             ends[-1] = len(text)
         positions = np.concatenate([[0], np.cumsum(_utf8_sizes(text), dtype=np.int64)])

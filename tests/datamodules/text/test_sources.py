@@ -50,6 +50,11 @@ def test_python_docs_are_english_and_sorted():
     assert sum(" the " in document.text for document in documents) > len(documents) * 0.9
 
 
+def test_python_docs_do_not_follow_the_order_they_are_written_in(monkeypatch):
+    monkeypatch.setattr("pydoc_data.topics.topics", {"while": "W", "assert": "A"})
+    assert [document.text for document in read_documents("python-docs")] == ["A", "W"]
+
+
 class Rows:
     column_names = ("id", "body")
 

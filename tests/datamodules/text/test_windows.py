@@ -55,6 +55,7 @@ def test_cuts_at_documents_keep_them_whole(sizes, fractions):
 def test_a_cut_at_a_document_is_the_nearest():
     assert [len(part) for part in cut(different([30, 30, 25, 15]), [0.2], "document")] == [3, 1]
     assert [len(part) for part in cut(different([30, 30, 25, 15]), [0.35], "document")] == [2, 2]
+    assert [len(part) for part in cut(different([5, 45, 45, 5]), [0.2, 0.3], "document")] == [2, 1, 1], "none is empty"
 
 
 def run_of(sizes: list[int]) -> TokenRun:
@@ -97,6 +98,12 @@ def test_a_window_over_three_documents():
         torch.int64,
     ]
     assert "seq_idx" not in Windows(run_of([14]), 6)[0]
+
+
+def test_bytes_are_those_of_the_labels():
+    run = TokenRun([Document("a", "aé日b")], CharacterTokenizer("aé日b"))
+    assert Windows(run, 2)[0]["n_bytes"].item() == 5
+    assert Windows(run, 1).__getitems__([0, 1, 2])["n_bytes"].tolist() == [2, 3, 1]
 
 
 def test_a_document_that_gives_no_token_is_no_document():
