@@ -1,7 +1,7 @@
 """A, B and C of the selective scan as three products with tiles (rows, times, N, D), whatever their form.
 
-The scan multiplies each of them into a tile, sums a tile over states with it, and collects its gradient: the same three
-methods serve coefficients constant in time (always A, sometimes B and C) and coefficients that change each step.
+The scan multiplies each of them into a tile, sums a tile over its states with each, and collects each one's gradient.
+The same three methods serve coefficients constant in time (always A, sometimes B and C) and coefficients of every step.
 """
 
 from __future__ import annotations
@@ -11,63 +11,58 @@ from torch import Tensor
 
 
 class Constant:
-    """Coefficients (D, N) that hold at every step."""
-
-    def __init__(self, values: Tensor) -> None:
-        self.values = values.t().contiguous()
-        self.conjugated = self.values.conj().resolve_conj()
-        self.total = torch.zeros_like(self.values)
-
-    def outer(
-        self, rows: slice, times: slice, v: Tensor, out: Tensor, offset: Tensor | None = None, conjugate: bool = False
-    ) -> Tensor:
-        """out[n, d] = values[d, n] v[d], plus an offset broadcast to the tile; v is (rows, times, D)."""
-        values = self.conjugated if conjugate else self.values
-        if offset is None:
-            return torch.mul(v.unsqueeze(2), values, out=out)
-        return torch.addcmul(offset, v.unsqueeze(2), values, out=out)
-
-    def contract(self, rows: slice, times: slice, h: Tensor, scratch: Tensor, conjugate: bool = False) -> Tensor:
-        """sum over n of values[d, n] h[n, d]: (rows, times, D). ``scratch`` is a tile to overwrite."""
-        return torch.mul(h, self.conjugated if conjugate else self.values, out=scratch).sum(2)
-
-    def add_gradient(self, rows: slice, times: slice, h: Tensor, v: Tensor, scratch: Tensor) -> None:
-        """Adds the gradient when that of ``outer(v)`` is h, or that of ``contract(h)`` is v."""
-        self.total += torch.mul(h, v.unsqueeze(2), out=scratch).sum((0, 1))
-
-    @property
-    def gradient(self) -> Tensor:
-        return self.total.t()
-
-
-class PerStep:
-    """Coefficients (R, S, G, N) of every step: group g serves the g-th of G equal runs of channels."""
+    """Coefficients (N, D) that hold at every step."""
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
-        self.conjugated = values.conj().resolve_conj()
-        self.groups = values.shape[2]
-        self.gradient = torch.zeros_like(values, memory_format=torch.contiguous_format)
 
-    def outer(self, rows: slice, times: slice, v: Tensor, out: Tensor, conjugate: bool = False) -> Tensor:
+    def conj(self) -> Constant:
+        return Constant(self.values.conj().resolve_conj())
+
+    def outer(self, v: Tensor, out: Tensor, offset: Tensor | None = None) -> Tensor:
+        """out[n, d] = values[n, d] v[d], plus an offset broadcast to the tile; v is (rows, times, D)."""
+        if offset is None:
+            return torch.mul(v.unsqueeze(2), self.values, out=out)
+        return torch.addcmul(offset, v.unsqueeze(2), self.values, out=out)
+
+    def contract(self, h: Tensor, scratch: Tensor) -> Tensor:
+        """sum over n of values[n, d] h[n, d]: (rows, times, D). ``scratch`` is a tile to overwrite."""
+        return torch.mul(h, self.values, out=scratch).sum(2)
+
+    def gradient(self, h: Tensor, v: Tensor, scratch: Tensor) -> Tensor:
+        """This tile's part (N, D) of the gradient, where that of ``outer(v)`` is h, or that of ``contract(h)`` is v."""
+        return torch.mul(h, v.unsqueeze(2), out=scratch).sum((0, 1))
+
+
+class PerStep:
+    """Coefficients (rows, times, G, N) of a tile's steps: group g serves the g-th of G equal runs of channels."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def conj(self) -> PerStep:
+        return PerStep(self.values.conj().resolve_conj())
+
+    def outer(self, v: Tensor, out: Tensor) -> Tensor:
         """out[n, d] = values[n] v[d]; v is (rows, times, D)."""
-        values = (self.conjugated if conjugate else self.values)[rows, times].transpose(2, 3).unsqueeze(-1)
-        torch.mul(v.unflatten(-1, (1, self.groups, -1)), values, out=out.unflatten(-1, (self.groups, -1)))
+        groups = self.values.shape[2]
+        values = self.values.transpose(2, 3).unsqueeze(-1)
+        torch.mul(v.unflatten(-1, (1, groups, -1)), values, out=out.unflatten(-1, (groups, -1)))
         return out
 
-    def contract(self, rows: slice, times: slice, h: Tensor, scratch: Tensor, conjugate: bool = False) -> Tensor:
-        """sum over n of values[n] h[n, d]: (rows, times, D). ``scratch`` is not needed here."""
-        values = (self.conjugated if conjugate else self.values)[rows, times].flatten(0, 1)
-        parts = [torch.bmm(values[:, None, g], part) for g, part in enumerate(self._by_group(h))]
-        return torch.cat(parts, dim=-1).view(*h.shape[:2], h.shape[3])
+    def contract(self, h: Tensor, scratch: Tensor) -> Tensor:
+        """sum over n of values[n] h[n, d]: (rows, times, D). ``scratch`` is for ``Constant``."""
+        values = self.values.flatten(0, 1).unsqueeze(1).unbind(2)
+        parts = [torch.bmm(value, part) for value, part in zip(values, self._by_group(h), strict=True)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).view(*h.shape[:2], -1)
 
-    def add_gradient(self, rows: slice, times: slice, h: Tensor, v: Tensor, scratch: Tensor) -> None:
-        """Sets these steps' gradient when that of ``outer(v)`` is h, or that of ``contract(h)`` is v."""
+    def gradient(self, h: Tensor, v: Tensor, scratch: Tensor) -> Tensor:
+        """The gradient (rows, times, G, N), where that of ``outer(v)`` is h, or that of ``contract(h)`` is v."""
         v = v.to(h.dtype).flatten(0, 1).unsqueeze(1)
-        for g, (h_part, v_part) in enumerate(zip(self._by_group(h), v.chunk(self.groups, dim=-1), strict=True)):
-            # A row times a transposed matrix: the same product as a column is ten times slower in MKL.
-            gradient = torch.bmm(v_part, h_part.transpose(1, 2))
-            self.gradient[rows, times, g] = gradient.view(*h.shape[:2], h.shape[2])
+        # A row times a transposed matrix: the same product as matrix times column is ten times slower in MKL.
+        pairs = zip(v.chunk(self.values.shape[2], dim=-1), self._by_group(h), strict=True)
+        parts = [torch.bmm(v_part, h_part.transpose(1, 2)) for v_part, h_part in pairs]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).view(self.values.shape)
 
     def _by_group(self, h: Tensor) -> tuple[Tensor, ...]:
-        return h.flatten(0, 1).chunk(self.groups, dim=-1)
+        return h.flatten(0, 1).chunk(self.values.shape[2], dim=-1)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mambakit.kernels import use_backend
-from mambakit.kernels.scan import chunked, selective_scan
+from mambakit.kernels.scan import lanes as lanes_module
+from mambakit.kernels.scan import selective_scan
 from mambakit.kernels.scan.op import _not_in_triton, _scan, _scan_backward
 from mambakit.kernels.testing import assert_close, poisoned_memory, random_tensor
 
@@ -84,8 +85,8 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: floa
 @pytest.fixture
 def many_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small test shapes take the way of long sequences with few channels: several lanes."""
-    monkeypatch.setattr(chunked, "SMALL_STEP", 10**9)
-    monkeypatch.setattr(chunked, "LANED_STEP", 10**9)
+    monkeypatch.setattr(lanes_module, "SMALL_STEP", 10**9)
+    monkeypatch.setattr(lanes_module, "LANED_STEP", 10**9)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -107,10 +108,10 @@ def test_outputs_and_gradients_are_those_of_the_definition(lanes: int, row_group
     given = arguments(**options)
     state = options["batch"] * options["channels"] * options["d_state"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "SMALL_STEP", 0 if lanes == 1 else state + 1)
-        patch.setattr(chunked, "LANED_STEP", lanes * state)
+        patch.setattr(lanes_module, "SMALL_STEP", 0 if lanes == 1 else state + 1)
+        patch.setattr(lanes_module, "LANED_STEP", lanes * state)
         if row_groups:
-            patch.setattr(chunked, "TILE", 1)
+            patch.setattr(lanes_module, "TILE", 1)
         assert_same(results(given, "torch"), results(given, "reference"))
 
 
@@ -144,7 +145,7 @@ def test_gradcheck_through_initial_and_final_state(
     backend: str, lanes: bool, complex_A: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if lanes:
-        monkeypatch.setattr(chunked, "SMALL_STEP", 10**9)
+        monkeypatch.setattr(lanes_module, "SMALL_STEP", 10**9)
     given = arguments(1, 18 if lanes else 5, 2, 2, "2 groups", "per step", complex_A=complex_A, packed=True)
 
     def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -364,7 +365,7 @@ def test_saved_memory_is_inputs_and_one_state_a_chunk() -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         selective_scan(**given, backend="torch")
     inputs = sum(given[name].numel() for name in DIFFERENTIABLE)
-    assert sum(saved.values()) == inputs + 2 * (160 // chunked.CHUNK) * 6 * 4
+    assert sum(saved.values()) == inputs + 2 * (160 // lanes_module.CHUNK) * 6 * 4
 
 
 @pytest.mark.parametrize(
