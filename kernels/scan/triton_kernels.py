@@ -23,7 +23,8 @@ def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], in
     A signature gives each argument its Triton type (``*bf16``, ``i32``, ``constexpr``); an absent tensor is a
     constexpr None.
     """
-    everything: dict[str, Any] = {"CONSTANT_B": False, "CONSTANT_C": False}
+    # Triton compiles an integer argument that is 1, such as B_share where B has a group for each tile, as a constant.
+    everything: dict[str, Any] = {"CONSTANT_B": False, "CONSTANT_C": False, "B_share": 1, "C_share": 1}
     plain: dict[str, Any] = {
         "CONSTANT_B": True,
         "CONSTANT_C": True,
