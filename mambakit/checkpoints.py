@@ -33,8 +33,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
         raise ValueError(
-            f"checkpoint: {path} is not a checkpoint that can be read ({str(error).splitlines()[0]}); "
-            "give a .ckpt file that 'mambakit fit' wrote"
+            f"checkpoint: {path} is not a checkpoint, or one cut short; give a .ckpt file that 'mambakit fit' wrote"
         ) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise ValueError(f"checkpoint: {path} holds no state_dict; give a .ckpt file that 'mambakit fit' wrote")
@@ -49,8 +48,8 @@ def check_fits(checkpoint: dict[str, Any], model: nn.Module, path: str | Path) -
         for key in wanted
         if key in saved and saved[key].shape != wanted[key].shape
     ]
-    missing = [_beside(key, saved) for key in wanted if key not in saved]
     extra = [key for key in saved if key not in wanted]
+    missing = [_beside(key, extra) for key in wanted if key not in saved]
     faults = [
         *_listed("differing sizes", different),
         *_listed("the file lacks", missing),
@@ -92,8 +91,8 @@ def load_language_model(path: str | Path) -> tuple[LanguageModel, Tokenizer]:
     return task.model.eval(), tokenizer_from_state(tokenizer)
 
 
-def _beside(key: str, saved: dict[str, Any]) -> str:
-    close = difflib.get_close_matches(key, saved, n=1, cutoff=0.8)
+def _beside(key: str, extra: list[str]) -> str:
+    close = difflib.get_close_matches(key, extra, n=1, cutoff=0.8)
     return f"{key} (nearest: {close[0]})" if close else key
 
 

@@ -36,7 +36,8 @@ class LastCheckpoint(Checkpoint):
 
     def _save(self, trainer: Trainer) -> None:
         directory = trainer.log_dir
-        if directory is None or trainer.fast_dev_run or trainer.global_step == self.saved_step:
+        dry = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if directory is None or dry or trainer.global_step == self.saved_step:
             return
         self.saved_step = trainer.global_step
-        trainer.save_checkpoint(Path(directory, "checkpoints", "last.ckpt"))
+        trainer.save_checkpoint(Path(directory, "checkpoints", "last.ckpt"), weights_only=False)

@@ -31,7 +31,7 @@ class LossCurve(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # Reading a value waits for the device, so not at every step.
-        if trainer.global_step % max(1, trainer.log_every_n_steps) == 0:
+        if trainer.global_step % max(1, trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
             self._read("train", trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -62,7 +62,8 @@ class LossCurve(Callback):
 
     def _save(self, trainer: Trainer) -> None:
         drawn = any(step > 0 for points in self.points.values() for step, _ in points)
-        if drawn and not trainer.fast_dev_run and trainer.is_global_zero and trainer.log_dir is not None:
+        dry = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if drawn and not dry and trainer.is_global_zero and trainer.log_dir is not None:
             path = Path(trainer.log_dir, "loss.png")
             path.parent.mkdir(parents=True, exist_ok=True)
             title = f"{type(trainer.lightning_module).__name__}, {Path(trainer.log_dir).name}"

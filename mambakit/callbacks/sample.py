@@ -33,7 +33,9 @@ class Sample(Callback):
     ) -> None:
         self.prompt = prompt
         self.max_new_tokens = max_new_tokens
-        self.options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        self.temperature = temperature
+        self.top_k = top_k
+        self.top_p = top_p
         self.seed = seed
         self.prompt_tokens = prompt_tokens
 
@@ -44,10 +46,16 @@ class Sample(Callback):
         if self.prompt is None:
             prompt = next(iter(trainer.datamodule.val_dataloader()))["input_ids"][:1, : self.prompt_tokens]  # type: ignore
         else:
-            prompt = torch.as_tensor(tokenizer.encode(self.prompt), dtype=torch.int64)[None]
+            prompt = torch.tensor(tokenizer.encode(self.prompt), dtype=torch.int64)[None]
         draw = torch.Generator(pl_module.device).manual_seed(self.seed)
         new = generate(
-            pl_module.model, prompt.to(pl_module.device), self.max_new_tokens, generator=draw, **self.options
+            pl_module.model,  # type: ignore[arg-type]
+            prompt.to(pl_module.device),
+            self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            generator=draw,
         )
         opening, rest = (tokenizer.decode(ids[0].tolist()) for ids in (prompt, new))
         print(f"--- sample, after the prompt {opening!r}\n{opening}{rest}\n---", flush=True)

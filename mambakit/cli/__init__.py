@@ -61,8 +61,8 @@ def _run(arguments: list[str]) -> int:
     if command not in COMMANDS:
         from mambakit.cli.messages import did_you_mean
 
-        print(f"mambakit: there is no command {command!r}{did_you_mean(command, COMMANDS)}\n", file=sys.stderr)
-        print(HELP, end="", file=sys.stderr)
+        hint = f"{did_you_mean(command, COMMANDS)}; 'mambakit --help' lists them"
+        print(f"mambakit: there is no command {command!r}{hint}", file=sys.stderr)
         return 2
     COMMANDS[command](command, rest)
     return 0

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from mambakit.checkpoints import load_language_model
 from mambakit.cli.training import check_accelerator
 from mambakit.datamodules.text import Tokenizer
 from mambakit.generation import stream
+from mambakit.models import LanguageModel
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -30,7 +30,7 @@ def run(arguments: Sequence[str]) -> None:
         write(model, tokenizer, options, draw)
 
 
-def write(model: nn.Module, tokenizer: Tokenizer, options: argparse.Namespace, draw: torch.Generator) -> None:
+def write(model: LanguageModel, tokenizer: Tokenizer, options: argparse.Namespace, draw: torch.Generator) -> None:
     """Print the prompt and one continuation, piece by piece unless ``options.no_stream``.
 
     Raises:
@@ -39,7 +39,7 @@ def write(model: nn.Module, tokenizer: Tokenizer, options: argparse.Namespace, d
     ids = tokenizer.encode(options.prompt)
     if not len(ids):
         raise ValueError("--prompt is empty; give at least one character to continue")
-    prompt = torch.as_tensor(ids, dtype=torch.int64, device=draw.device)[None]
+    prompt = torch.tensor(ids, dtype=torch.int64, device=draw.device)[None]
     sampling = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     pieces = [options.prompt]
     decoder = tokenizer.stream()

@@ -24,9 +24,9 @@ def one_sentence(error: Exception) -> str:
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """``"; did you mean X?"`` for the closest of ``choices``, or nothing where none is close."""
+    """``" (did you mean X?)"`` for the closest of ``choices``, or nothing where none is close."""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def explain(message: str, keys: Iterable[str] = ()) -> str:
@@ -56,14 +56,29 @@ def explain(message: str, keys: Iterable[str] = ()) -> str:
         missing = [name.split(".")[-1] for name in match[1].split(", ")]
         where = f"--{'.'.join(path)}: {class_path} needs" if path else "this command needs"
         return f"{where} {' and '.join(missing)}; take a recipe with --config NAME ('mambakit recipes' lists them)"
-    cause = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", cause).replace("typing.", "")
-    return f"--{'.'.join(path)}: {cause}{given}" if path else cause
+    cause = _in_words(causes, given) or cause
+    return f"--{'.'.join(path)}: {cause}" if path else cause
+
+
+def _in_words(causes: list[str], given: str) -> str:
+    """``expected int or one of 'a', 'b'; got c`` of jsonargparse's lines; nothing where one has another form."""
+    expected, choices = [], []
+    for cause in causes:
+        match = re.fullmatch(r"Expected an? (.+?)(?:(?:\. Got value)?: (.*))?", cause)
+        if match is None:
+            return ""
+        kind = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", match[1])
+        choices += re.findall(r"'([^']+)'", kind)
+        expected.append(re.sub(r"(?:typing\.)?Literal\[(.*)\]", r"one of \1", kind))
+        given = given or match[2] or ""
+    return f"expected {' or '.join(expected)}; got {given}{did_you_mean(given, choices)}" if expected else ""
 
 
 def _read_tree(message: str) -> tuple[list[str], str, list[str], str]:
-    """(key parts, innermost class, causes, "; got VALUE") down the first branch of the report."""
+    """(key parts, innermost class, causes, the value given) down the first branch of the report."""
     path: list[str] = []
-    class_path, causes = "", []
+    causes: list[str] = []
+    class_path = ""
     for line in message.splitlines():
         line = line.strip().removeprefix("- ")
         if match := re.match(r'Parser key "([^"]+)":\s*(.*)', line):
@@ -72,8 +87,8 @@ def _read_tree(message: str) -> tuple[list[str], str, list[str], str]:
         elif match := re.match(r"Problem with given class_path '([^']+)':", line):
             class_path, line = match[1], ""
         elif match := re.match(r"Given value: (?!NestedArg|Namespace|\{)(.*)", line):
-            return path, class_path, causes, f"; got {match[1]}"
-        if line.startswith("Given value"):
+            return path, class_path, causes, match[1]
+        elif line.startswith("Given value:"):
             break
         if line and not line.startswith(_FRAMES):
             causes.append(line)

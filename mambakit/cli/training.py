@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from argparse import SUPPRESS, ArgumentError
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning_utilities.core.imports import RequirementCache
@@ -30,6 +32,7 @@ def run(command: str, arguments: list[str]) -> None:
         ValueError: an option that does not exist or does not fit, an unknown recipe, a checkpoint of another model, a
             device that is not there; each named.
     """
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
     arguments, recipes = _resolve_recipes(arguments)
     MambakitCLI(command, arguments, recipes)
 
@@ -108,11 +111,24 @@ class MambakitCLI(LightningCLI):
         if self.subcommand == "fit":
             callbacks = given.callbacks or []
             callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-            kinds = {type(callback) for callback in callbacks}
-            logs = given.logger is not False and not given.fast_dev_run
-            defaults = default_callbacks(self.model, logs, given.enable_checkpointing is not False)
-            kwargs["callbacks"] = [*callbacks, *(callback for callback in defaults if type(callback) not in kinds)]
+            kwargs["callbacks"] = [*callbacks, *self._default_callbacks(given, callbacks)]
         return super().instantiate_trainer(**kwargs)
+
+    def _default_callbacks(self, trainer: Any, given: list[Callback]) -> list[Callback]:
+        """What every fit gets, less those of which its recipe sets one of the same kind."""
+        defaults: list[Callback] = [LossCurve(), BeforeAfter()]
+        if isinstance(self.model, CausalLM) and hasattr(self.datamodule, "tokenizer"):
+            defaults.append(Sample())
+        if trainer.logger is not False and not trainer.fast_dev_run:
+            defaults.append(LearningRateMonitor())
+        if trainer.enable_progress_bar is not False and not any(isinstance(one, ProgressBar) for one in given):
+            # In a log file a line for every batch would bury the rest.
+            defaults.append(TQDMProgressBar(refresh_rate=1 if sys.stdout.isatty() else 50))
+        if trainer.enable_checkpointing is not False:
+            best = ModelCheckpoint(monitor="validation/loss", filename="best", enable_version_counter=False)
+            defaults += [best, LastCheckpoint()]
+        kinds = {type(callback) for callback in given}
+        return [callback for callback in defaults if type(callback) not in kinds]
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -124,19 +140,6 @@ class MambakitCLI(LightningCLI):
         if kwargs.get("ckpt_path"):
             check_fits(read_checkpoint(kwargs["ckpt_path"]), self.model, kwargs["ckpt_path"])
         return kwargs
-
-
-def default_callbacks(model: LightningModule, logs: bool, checkpoints: bool) -> list[Callback]:
-    """What every fit gets unless its recipe sets a callback of the same class."""
-    callbacks: list[Callback] = [LossCurve(), BeforeAfter()]
-    if isinstance(model, CausalLM):
-        callbacks.append(Sample())
-    if logs:
-        callbacks.append(LearningRateMonitor())
-    if checkpoints:
-        best = ModelCheckpoint(monitor="validation/loss", filename="best", enable_version_counter=False)
-        callbacks += [best, LastCheckpoint()]
-    return callbacks
 
 
 def default_loggers(root: str) -> list[Logger]:
@@ -185,6 +188,11 @@ def _resolve_recipes(arguments: list[str]) -> tuple[list[str], list[Path]]:
         recipes.append(catalogue.resolve(value))
         resolved.append(f"--config={recipes[-1]}")
     return resolved, recipes
+
+
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    """False for Lightning's hints to install a paid service's client."""
+    return "Tip: For seamless" not in record.getMessage()
 
 
 def _option_names(parser: LightningArgumentParser) -> list[str]:

@@ -59,10 +59,19 @@ def generate(
     Raises:
         ValueError: an empty prompt, a mask of another shape, or an option outside its range.
     """
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    drawn = list(
-        stream(model, prompt_ids, max_new_tokens, mask=mask, stop_ids=stop_ids, generator=generator, **options)
+    ids = stream(
+        model,
+        prompt_ids,
+        max_new_tokens,
+        mask=mask,
+        stop_ids=stop_ids,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        generator=generator,
     )
+    drawn = list(ids)
     return torch.stack(drawn, dim=1) if drawn else prompt_ids.new_empty(prompt_ids.shape[0], 0)
 
 
