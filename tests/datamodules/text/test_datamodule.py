@@ -212,7 +212,7 @@ def test_setup_again_does_nothing(root):
         data.setup("fit")
     kept = data._run("train")
     data.setup("fit")
-    assert data._run("train") is kept
+    assert data._run("train") is kept and data._documents() is data._documents(), "read and encoded once"
 
 
 @pytest.mark.parametrize(
@@ -226,6 +226,7 @@ def test_setup_again_does_nothing(root):
             r"context: the train part of short.txt has 4 token\(s\), one window needs .* = 17; lower",
         ),
         ({"validation_fraction": 0.01}, r"validation_context: the validation part .* lower validation_context"),
+        ({"data": "digits.txt", "context": 360}, r"has 360 token\(s\), one window needs context \+ 1 = 361"),
         ({"validation_context": 2000}, r"validation_context \+ 1 = 2001"),
         ({"tokenizer": "byte"}, r"'byte' is neither bytes nor characters, and there is no file .*did you mean bytes\?"),
         ({"context": 0}, r"context: 0, expected at least 1"),
