@@ -38,13 +38,13 @@ def _same_as_before(seq_idx, base, t, L, REVERSE: tl.constexpr):
 
 @triton.jit
 def _input(x, state, t, d, L, D, stride, in_d, HAS_STATE: tl.constexpr, REVERSE: tl.constexpr, W: tl.constexpr):
-    """Inputs (BL, BD) of steps t as float32: from x, before its start from the state (or zero), past its end zero."""
+    """Inputs (BL, BD) of steps t as float32: from x, before its start from the state (W-1, D), past its end zero."""
     value = tl.load(
         x + _rows(t, L, stride, REVERSE) + d[None, :], mask=((t >= 0) & (t < L))[:, None] & in_d, other=0.0
     ).to(tl.float32)
     if HAS_STATE:
         old = (t < 0) & (t >= 1 - W)
-        value += tl.load(state + d[None, :] * (W - 1) + (t + W - 1)[:, None], mask=old[:, None] & in_d, other=0.0).to(
+        value += tl.load(state + (t + W - 1)[:, None] * D + d[None, :], mask=old[:, None] & in_d, other=0.0).to(
             tl.float32
         )
     return value
@@ -273,12 +273,12 @@ def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], in
     flags = {"HAS_BIAS": True, "HAS_STATE": True, "HAS_SEQ": True, "SILU": True, "REVERSE": False, "W": 4}
     sizes = {"L": "i32", "D": "i32", "x_batch": "i64", "x_row": "i64"}
     inputs = {"x": "*bf16", "weight": "*fp32", "bias": "*fp32", "state": "*fp32", "seq_idx": "*i32"}
-    yield _example(conv_forward, {**inputs, "out": "*bf16", **sizes}, {**flags, "BL": 32, "BD": 64}, 4)
+    yield _example(conv_forward, {**inputs, "out": "*bf16", **sizes}, {**flags, "BL": 16, "BD": 64}, 4)
     yield _example(
         conv_backward,
         {"dout": "*bf16", **inputs, "dx": "*bf16", "dweight": "*fp32", "dbias": "*fp32", **sizes}
         | {"dout_batch": "i64", "dout_row": "i64"},
-        {**flags, "REVERSE": True, "BL": 16, "BD": 64, "TILES": 8},
+        {**flags, "REVERSE": True, "BL": 8, "BD": 64, "TILES": 16},
         4,
     )
     yield _example(

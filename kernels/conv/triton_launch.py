@@ -23,13 +23,13 @@ def forward(
     batch, length, channels = x.shape
     x = _channels_last(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    tile_l, tile_d = 32, _tile_d(channels)
+    tile_l, tile_d = 16, _tile_d(channels)
     grid = (triton.cdiv(channels, tile_d) * triton.cdiv(length, tile_l) * batch,)
     conv_forward[grid](
         x,
         weight.contiguous(),
         x if bias is None else bias.contiguous(),
-        x if initial_state is None else initial_state.contiguous(),
+        x if initial_state is None else initial_state.transpose(1, 2).contiguous(),
         x if seq_idx is None else seq_idx.contiguous(),
         out,
         length,
@@ -65,7 +65,7 @@ def backward(
     x, dout = _channels_last(x), _channels_last(dout)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     # Time is cut into groups so that the partial sums stay small beside x and the programs still fill the device.
-    tile_l, tile_d, tiles = 16, _tile_d(channels), 8
+    tile_l, tile_d, tiles = 8, _tile_d(channels), 16
     groups = triton.cdiv(length, tile_l * tiles)
     dweight = torch.empty(batch * groups, width, channels, dtype=torch.float32, device=x.device)
     dbias = torch.empty(batch * groups, channels, dtype=torch.float32, device=x.device)
@@ -74,7 +74,7 @@ def backward(
         x,
         weight.contiguous(),
         x if bias is None else bias.contiguous(),
-        x if initial_state is None else initial_state.contiguous(),
+        x if initial_state is None else initial_state.transpose(1, 2).contiguous(),
         x if seq_idx is None else seq_idx.contiguous(),
         dx,
         dweight,
