@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Points = list[tuple[int, float]]
 
@@ -67,12 +70,12 @@ class LossCurve(Callback):
             path = Path(trainer.log_dir, "loss.png")
             path.parent.mkdir(parents=True, exist_ok=True)
             title = f"{type(trainer.lightning_module).__name__}, {Path(trainer.log_dir).name}"
-            draw_losses(self.points["train"], self.points["validation"], path, self.unit, title)
+            losses_figure(self.points["train"], self.points["validation"], self.unit, title).savefig(path)
             print(f"loss curve: {path}", flush=True)
 
 
-def draw_losses(train: Points, validation: Points, path: str | Path, unit: str, title: str) -> None:
-    """Draw (step, loss) points into a PNG; the lowest validation loss is marked and written out."""
+def losses_figure(train: Points, validation: Points, unit: str, title: str) -> Figure:
+    """A figure of (step, loss) points; the lowest validation loss is marked and written out."""
     # The object interface needs no display and leaves a notebook's figures and backend alone.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -89,4 +92,4 @@ def draw_losses(train: Points, validation: Points, path: str | Path, unit: str, 
     axes.set(xlabel="optimiser steps", ylabel=f"loss ({unit})", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path)
+    return figure
