@@ -15,8 +15,8 @@ from torch import Tensor
 CPU_ROWS, CPU_ELEMENTS = 256, 2**18
 GPU_ROWS, GPU_ELEMENTS = 1024, 2**26
 
-# (logits, labels, ignore_index, label_smoothing, softcap, row_scale, gradients) -> losses; see softmax_rows.
-Softmax = Callable[[Tensor, Tensor, int, float, "float | None", "Tensor | None", bool], Tensor]
+# (logits, labels, ignore_index, label_smoothing, softcap, row_scale, gradients) -> losses, dlogits; see softmax_rows.
+Softmax = Callable[[Tensor, Tensor, int, float, "float | None", "Tensor | None", bool], "tuple[Tensor, Tensor]"]
 
 
 def losses_and_gradients(
@@ -54,11 +54,15 @@ def losses_and_gradients(
         inputs = hidden[chunk].to(compute)
         logits = inputs @ weight.t() if bias is None else torch.addmm(bias, inputs, weight.t())
         scale = None if row_scale is None else row_scale[chunk]
-        losses[chunk] = softmax(logits, labels[chunk], ignore_index, label_smoothing, softcap, scale, gradients)
+        losses[chunk], dlogits = softmax(
+            logits, labels[chunk], ignore_index, label_smoothing, softcap, scale, gradients
+        )
         if dhidden is None or dweight is None:
             continue
-        dlogits = logits
-        dhidden[chunk] = dlogits @ weight
+        if compute == hidden.dtype:
+            torch.mm(dlogits, weight, out=dhidden[chunk])
+        else:
+            dhidden[chunk] = dlogits @ weight
         if compute == exact:
             dweight.addmm_(dlogits.t(), inputs, beta=0 if start == 0 else 1)
         else:
@@ -83,8 +87,9 @@ def softmax_rows(
     softcap: float | None,
     row_scale: Tensor | None,
     gradients: bool,
-) -> Tensor:
-    """Losses (n,) of logits (n, V); with ``gradients`` the logits are overwritten by their gradient.
+) -> tuple[Tensor, Tensor]:
+    """Losses (n,) of logits (n, V), and with ``gradients`` the gradient of the logits in their dtype (else anything),
+    which may take their memory.
 
     A label outside 0 .. V-1 that is not ``ignore_index`` gives NaN.
     """
@@ -109,5 +114,5 @@ def softmax_rows(
             dlogits *= row_scale.unsqueeze(1)
         if logits.device.type != "cpu" or bool(ignored.any()):  # a GPU would have to be waited for
             dlogits.masked_fill_(ignored.unsqueeze(1), 0)
-        logits.copy_(dlogits)
-    return losses
+        return losses, dlogits.to(logits.dtype)
+    return losses, logits

@@ -70,13 +70,18 @@ def linear_cross_entropy(
             losses = reference.linear_cross_entropy(
                 rows, weight, row_labels, bias, ignore_index, label_smoothing, softcap
             )
-        loss = _reduce(losses, row_labels, ignore_index, reduction)
+        loss = losses if reduction == "none" else losses.sum()
     else:
         differentiable = any(tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias))
-        gradients = reduction != "none" and torch.is_grad_enabled() and differentiable
-        options = (ignore_index, reduction, float(label_smoothing), softcap, chosen)
-        loss = _linear_cross_entropy(rows, weight, row_labels, bias, gradients, *options)[0]
-    return loss.view(labels.shape) if reduction == "none" else loss
+        summed = reduction != "none"
+        gradients = summed and torch.is_grad_enabled() and differentiable
+        options = (ignore_index, float(label_smoothing), softcap, chosen)
+        loss = _linear_cross_entropy(rows, weight, row_labels, bias, summed, gradients, *options)[0]
+    if reduction == "none":
+        return loss.view(labels.shape)
+    if reduction == "mean":  # over no tokens at all: 0
+        loss = loss / (row_labels != ignore_index).sum().clamp(min=1)
+    return loss
 
 
 def _check(
@@ -132,17 +137,6 @@ def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
         )
 
 
-def _count(labels: Tensor, ignore_index: int) -> Tensor:
-    """The tokens that count, at least 1: the mean over none is 0."""
-    return (labels != ignore_index).sum().clamp(min=1)
-
-
-def _reduce(losses: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    if reduction == "none":
-        return losses
-    return losses.sum() / _count(labels, ignore_index) if reduction == "mean" else losses.sum()
-
-
 def _softmax(backend: str) -> chunked.Softmax:
     if backend == "triton":
         from mambakit.kernels.loss import triton_kernels
@@ -157,30 +151,30 @@ def _linear_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
+    summed: bool,
     gradients: bool,
     ignore_index: int,
-    reduction: str,
     label_smoothing: float,
     softcap: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and with ``gradients`` those of the *sum* of the losses: dividing by the count is left to the backward,
-    in float32, for in float16 small numbers would vanish.
+    """The losses or their sum, and with ``gradients`` those of the sum. A mean divides afterwards: its small gradients
+    would vanish in float16.
     """
     _check_labels(labels, weight.shape[0], ignore_index)
     with torch.autocast(hidden.device.type, enabled=False):  # the dtypes here are chosen, not autocast's to change
         losses, *found = chunked.losses_and_gradients(
             hidden, weight, labels, bias, ignore_index, label_smoothing, softcap, None, gradients, _softmax(backend)
         )
-        loss = _reduce(losses, labels, ignore_index, reduction)
+        loss = losses.sum() if summed else losses
     dhidden, dweight, dbias = (losses.new_empty(0) if gradient is None else gradient for gradient in found)
     return loss, dhidden, dweight, dbias
 
 
 @_linear_cross_entropy.register_fake
-def _(hidden, weight, labels, bias, gradients, ignore_index, reduction, label_smoothing, softcap, backend):  # type: ignore[no-untyped-def]
+def _(hidden, weight, labels, bias, summed, gradients, ignore_index, label_smoothing, softcap, backend):  # type: ignore[no-untyped-def]
     exact = torch.promote_types(hidden.dtype, torch.float32)
-    loss = hidden.new_empty(labels.shape if reduction == "none" else (), dtype=exact)
+    loss = hidden.new_empty(() if summed else labels.shape, dtype=exact)
     if not gradients:
         return loss, *(loss.new_empty(0) for _ in range(3))
     dbias = loss.new_empty(0) if bias is None else loss.new_empty(bias.shape)
@@ -215,14 +209,12 @@ def _(dlosses, hidden, weight, labels, bias, ignore_index, label_smoothing, soft
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, labels, bias, _, ctx.ignore_index, ctx.reduction, ctx.label_smoothing, ctx.softcap, ctx.backend = (
-        inputs
-    )
+    hidden, weight, labels, bias, ctx.summed, _, *ctx.options = inputs
     ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
-    if ctx.reduction == "none":
-        ctx.save_for_backward(hidden, weight, labels, bias)
+    if ctx.summed:
+        ctx.save_for_backward(*output[1:])
     else:
-        ctx.save_for_backward(labels, *output[1:])
+        ctx.save_for_backward(hidden, weight, labels, bias)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # no zeros of the weight's size for outputs that nobody sees
 
@@ -230,16 +222,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _gradients(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dloss is None:
         return (None,) * 10
-    if ctx.reduction == "none":
-        hidden, weight, labels, bias = ctx.saved_tensors
-        dhidden, dweight, dbias = _linear_cross_entropy_backward(
-            dloss, hidden, weight, labels, bias, ctx.ignore_index, ctx.label_smoothing, ctx.softcap, ctx.backend
-        )
+    if ctx.summed:
+        dhidden, dweight, dbias = ctx.saved_tensors
+        dhidden = (dhidden.to(dloss.dtype) * dloss).to(dhidden.dtype)
+        dweight, dbias = dweight * dloss, dbias * dloss
     else:
-        labels, dhidden, dweight, dbias = ctx.saved_tensors
-        scale = dloss / _count(labels, ctx.ignore_index) if ctx.reduction == "mean" else dloss
-        dhidden = (dhidden.to(scale.dtype) * scale).to(dhidden.dtype)
-        dweight, dbias = dweight * scale, dbias * scale
+        dhidden, dweight, dbias = _linear_cross_entropy_backward(dloss, *ctx.saved_tensors, *ctx.options)
     dbias = None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
     return dhidden, dweight.to(ctx.weight_dtype), None, dbias, None, None, None, None, None, None
 

@@ -86,7 +86,7 @@ def softmax_rows(
     softcap: float | None,
     row_scale: Tensor | None,
     gradients: bool,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """As :func:`mambakit.kernels.loss.chunked.softmax_rows`."""
     rows, vocabulary = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
@@ -106,7 +106,7 @@ def softmax_rows(
         BV=block,
         num_warps=max(1, block // 512),
     )
-    return losses
+    return losses, logits
 
 
 def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]]:
