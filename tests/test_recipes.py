@@ -1,0 +1,54 @@
+"""Every packaged recipe: its header tells what it must, its options exist, and it trains two steps on tiny data."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mambakit.cli import main
+from mambakit.recipes import catalogue
+
+TINY = {
+    "text": [
+        *("--model.backbone.d_model", "16", "--model.backbone.n_layers", "1"),
+        *("--data.root", ".", "--data.context", "16", "--data.batch_size", "2", "--data.num_workers", "0"),
+        *("--data.validation_batch_size", "2"),
+    ],
+}
+STEPS = [
+    *("--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--trainer.limit_val_batches", "2"),
+    *("--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.precision", "32-true"),
+]
+TEXT = "ROMEO: But, soft! what light through yonder window breaks? " * 20
+
+
+def test_names_are_paths():
+    assert {"text/quickstart", "text/shakespeare"} <= set(catalogue.names())
+    for name in catalogue.names():
+        assert catalogue.resolve(name) == catalogue.find(name)
+        assert catalogue.name_of(catalogue.find(name)) == name
+
+
+def test_a_file_comes_before_a_packaged_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text").mkdir()
+    Path("text", "quickstart").write_text("mine")
+    assert catalogue.resolve("text/quickstart") == Path("text/quickstart")
+
+
+@pytest.mark.parametrize("name", catalogue.names())
+def test_header_tells_what_to_expect(name):
+    header = catalogue.header(name)
+    assert header[0].endswith("."), "the first line is the sentence that the list shows"
+    text = "\n".join(header)
+    for part in ("What:", "Data:", "Hardware:", f"Command:   mambakit fit --config {name}", "Expected:", "Published:"):
+        assert re.search(rf"^{re.escape(part)}", text, re.MULTILINE), part
+
+
+@pytest.mark.parametrize("name", catalogue.names())
+def test_two_steps_on_tiny_data(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for file in re.findall(r"^\s+data: (\S+\.txt)$", catalogue.find(name).read_text(), re.MULTILINE):
+        Path(file).write_text(TEXT)
+    assert main(["fit", "--config", name, *TINY[name.split("/")[0]], *STEPS]) == 0, capsys.readouterr().err
+    assert Path("runs", name, "version_0", "checkpoints", "last.ckpt").is_file()
