@@ -311,8 +311,8 @@ class _Scan(Lanes):
             du.addcmul_(dy, self.D)
             yield "D", (dy * u).sum((0, 1))
         yield "u", du
-        yield "A", self.A.gradient(a, step, scratch=h)
         draw = self.A.conj().contract(a, scratch=h).real.addcmul(ddrive, u)
+        yield "A", self.A.gradient(a, step, scratch=a)
         if self.delta_softplus:
             draw.mul_(torch.sigmoid(raw))
         if self.filling is not None:

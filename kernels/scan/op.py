@@ -263,7 +263,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
+    ctx.set_materialize_grads(False)  # no zeros as large as the checkpoints for the gradient they never get
     *tensors, ctx.delta_softplus, ctx.reverse, ctx.backend = inputs
     ctx.save_for_backward(*tensors, output[2])
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mambakit.kernels import use_backend
+from mambakit.kernels.dispatch import TRITON_INSTALLED
 from mambakit.kernels.scan import lanes as lanes_module
 from mambakit.kernels.scan import selective_scan
 from mambakit.kernels.scan.op import _not_in_triton, _scan, _scan_backward
@@ -392,6 +393,19 @@ def test_saved_memory_is_inputs_and_one_state_a_chunk() -> None:
 def test_bad_arguments_are_named(change: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match="selective_scan: .*" + message):
         selective_scan(**arguments() | change)
+
+
+@pytest.mark.skipif(not TRITON_INSTALLED, reason="triton is not installed")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("optional", [False, True])
+def test_the_operator_serves_by_triton(optional: bool, device: str) -> None:
+    given = arguments(1, 5, 2, 2, optional=optional, packed=optional, dtype=torch.float32, device=device)
+    assert_same(results(given, "triton"), results(given, "reference"))
+    tensors = [given.get(name) for name in DIFFERENTIABLE]
+    shapes = torch.library.opcheck(
+        _scan, (*tensors, given.get("seq_idx"), True, False, "triton"), test_utils="test_faketensor"
+    )
+    assert shapes == {"test_faketensor": "SUCCESS"}
 
 
 def test_backends() -> None:
