@@ -26,7 +26,9 @@ def assert_close(name: str, got: Tensor, want: Tensor, tolerance: float | None =
     rms = want.abs().square().mean().sqrt().item()
     error = (got - want).abs()
     relative = error.square().mean().sqrt().item() / max(rms, 1e-30)
-    assert relative <= tolerance or error.max().item() <= 1e-30, f"{name}: relative RMS error {relative:.3g} > {tolerance:.3g}"
+    assert relative <= tolerance or error.max().item() <= 1e-30, (
+        f"{name}: relative RMS error {relative:.3g} > {tolerance:.3g}"
+    )
     worst = error.max().item() / max(rms, 1e-30)
     assert worst <= 20 * tolerance + 20 * tolerance * (want.abs().max().item() / max(rms, 1e-30)), (
         f"{name}: largest error {worst:.3g} of the RMS, {20 * tolerance:.3g} allowed"

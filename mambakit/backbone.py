@@ -113,7 +113,7 @@ class Backbone(nn.Module):
         for name, weight in self.layers.named_parameters():
             if name.endswith("mixer.out_proj.weight"):
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-                weight /= math.sqrt(len(self.layers))
+                weight.div_(math.sqrt(len(self.layers)))
             elif name.endswith(("in_proj.bias", "out_proj.bias")):
                 nn.init.zeros_(weight)
 

@@ -19,6 +19,8 @@ class BitsPerByte(Metric):
     """Total nats over ln 2 and the bytes they stand for: comparable between tokenizers."""
 
     full_state_update = False
+    nats: Tensor
+    n_bytes: Tensor
 
     def __init__(self) -> None:
         super().__init__()
