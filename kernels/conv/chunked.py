@@ -81,22 +81,35 @@ class _Block:
     def neighbour(self, tensor: Tensor, k: int) -> Tensor:
         return tensor[:, k : k + self.length]
 
-    def foreign(self, k: int) -> Tensor | None:
-        """(B, L, 1), True where neighbour k lies in another sequence; None where none does."""
+    def same_sequence(self, k: int) -> Tensor | None:
+        """(B, L), whether neighbour k lies in the sequence of the present input; None where all do."""
         if self.sequence is None or k == self.whole.now:
             return None
-        return (self.neighbour(self.sequence, k) != self.neighbour(self.sequence, self.whole.now)).unsqueeze(-1)
+        return self.neighbour(self.sequence, k) == self.neighbour(self.sequence, self.whole.now)
 
     def convolve(self, bias: Tensor | None) -> Tensor:
         """The value before the activation."""
         now, taps = self.whole.now, self.whole.taps
-        out = self.neighbour(self.padded, now) * taps[now]
-        if bias is not None:
-            out += bias
+        if bias is None:
+            out = self.neighbour(self.padded, now) * taps[now]
+        else:
+            out = torch.addcmul(bias.to(self.whole.exact), self.neighbour(self.padded, now), taps[now])
         for k in self.whole.others:
-            value, foreign = self.neighbour(self.padded, k), self.foreign(k)
-            out.addcmul_(value if foreign is None else value.masked_fill(foreign, 0), taps[k])
+            out.addcmul_(self.neighbour(self.padded, k), taps[k])
+        if self.sequence is not None:
+            self._mend_starts(out, bias, self.sequence)
         return out
+
+    def _mend_starts(self, out: Tensor, bias: Tensor | None, sequence: Tensor) -> None:
+        """Compute again the few outputs that saw another sequence. Masking every neighbour would cost far more, and
+        subtracting what does not belong would let a NaN through.
+        """
+        present = self.neighbour(sequence, self.whole.now)
+        same = torch.stack([self.neighbour(sequence, k) == present for k in range(self.whole.width)], dim=-1)
+        row, time = (~same.all(-1)).nonzero(as_tuple=True)
+        windows = self.padded[row[:, None], time[:, None] + torch.arange(self.whole.width, device=out.device)]
+        values = (windows.masked_fill(~same[row, time].unsqueeze(-1), 0) * self.whole.taps).sum(1)
+        out[row, time] = values if bias is None else values + bias
 
 
 def forward(
@@ -139,8 +152,8 @@ def backward(
             dpre = torch.ops.aten.silu_backward(dpre, block.convolve(bias))
         dpadded = torch.zeros_like(block.padded)
         for k in range(whole.width):
-            foreign = block.foreign(k)
-            into = dpre if foreign is None else dpre.masked_fill(foreign, 0)
+            same = block.same_sequence(k)
+            into = dpre if same is None else dpre * same.to(dpre.dtype).unsqueeze(-1)
             block.neighbour(dpadded, k).addcmul_(into, whole.taps[k])
             dtaps[k] += (block.neighbour(block.padded, k) * into).sum(dim=(0, 1))
         if bias is not None:

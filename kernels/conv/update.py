@@ -113,10 +113,8 @@ def update_torch(
     """y (B, D, T) in x's dtype; all rows at once."""
     steps, state_len, past = x.shape[2], conv_state.shape[2], weight.shape[1] - 1
     exact = torch.promote_types(x.dtype, torch.float32)
-    padding = None
     state = conv_state
     if conv_state_indices is not None:
-        padding = (conv_state_indices < 0).view(-1, 1, 1)
         rows = conv_state_indices.clamp(min=0)
         state = conv_state.index_select(0, rows)
     if cache_seqlens is None:
@@ -143,6 +141,6 @@ def update_torch(
         conv_state.copy_(new_state)
     else:
         real = conv_state_indices >= 0
-        out.masked_fill_(padding, 0)
+        out.masked_fill_(~real.view(-1, 1, 1), 0)
         conv_state[conv_state_indices[real].long()] = new_state[real]
     return out.to(x.dtype).contiguous()

@@ -75,7 +75,7 @@ def add_norm(
 
 
 def add_norm_backward(
-    dy: Tensor | None,
+    dy: Tensor,
     dsummed: Tensor | None,
     s: Tensor,
     weight: Tensor,
