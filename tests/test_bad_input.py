@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from mambakit.cli import main
+from mambakit.cli.training import last_checkpoint
 
-TEXT = "the quick brown fox jumps over the lazy dog. " * 40
+TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 TINY = [
     *("--config", "text/quickstart", "--model.backbone.d_model", "16", "--model.backbone.n_layers", "1"),
     *("--data.data", "text.txt", "--data.tokenizer", "characters", "--data.context", "32", "--data.batch_size", "4"),
@@ -25,7 +26,7 @@ def checkpoint(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert main(["fit", *TINY]) == 0
-    return folder / "runs/text/quickstart/checkpoints/last.ckpt"
+    return last_checkpoint(folder / "runs")
 
 
 @pytest.fixture
@@ -146,7 +147,7 @@ def test_a_checkpoint_runs_no_code(fails, tmp_path):
     [
         ("--model.backbone.d_model=24", r"layers\.0\.norm\.weight is \(16,\) in the file, \(24,\) in the model"),
         ("--model.backbone.n_layers=2", r"the file lacks: .*layers\.1\."),
-        ("--data.tokenizer=bytes", r"embedding\.weight is \(28, 16\) in the file, \(256, 16\)"),
+        ("--data.tokenizer=bytes", r"embedding\.weight is \(29, 16\) in the file, \(256, 16\)"),
     ],
 )
 @pytest.mark.parametrize("command", ["fit", "validate"])
@@ -170,6 +171,15 @@ def test_checkpoint_without_a_language_model(fails, checkpoint):
 def test_prompt_outside_the_alphabet(fails, checkpoint):
     error = fails("generate", "--checkpoint", checkpoint, "--prompt", "the ßlack fox")
     assert "'ß'" in error and "position 4" in error
+
+
+@pytest.mark.parametrize(("prompt", "named"), [("ßee", "'ß'"), ("", "prompt is empty")])
+def test_prompt_of_the_closing_sample_is_checked_before_training(fails, prompt, named):
+    main(["recipes", "copy", "text/quickstart", "mine.yaml"])
+    recipe = Path("mine.yaml").read_text(encoding="utf-8")
+    Path("mine.yaml").write_text(recipe.replace('"The "', f'"{prompt}"'), encoding="utf-8")
+    assert named in fails("fit", "--config=mine.yaml", *TINY[2:])
+    assert not list(Path().rglob("last.ckpt"))
 
 
 def test_empty_prompt(fails, checkpoint):

@@ -18,7 +18,7 @@ from mambakit.cli import COMMANDS, main
 from mambakit.generation import generate
 from mambakit.tasks import CausalLM
 
-TEXT = "".join(f"{i} sheep went up the hill and {i * 7 % 13} came down. " for i in range(60))
+TEXT = "".join(f"The {i} sheep went up the hill and {i * 7 % 13} came down. " for i in range(60))
 TINY = [
     *("--config", "text/quickstart", "--model.backbone.d_model", "16", "--model.backbone.n_layers", "1"),
     *("--data.data", "text.txt", "--data.tokenizer", "characters", "--data.context", "32", "--data.batch_size", "4"),

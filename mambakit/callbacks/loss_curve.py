@@ -69,7 +69,7 @@ class LossCurve(Callback):
         if drawn and not dry and trainer.is_global_zero and trainer.log_dir is not None:
             path = Path(trainer.log_dir, "loss.png")
             path.parent.mkdir(parents=True, exist_ok=True)
-            title = f"{type(trainer.lightning_module).__name__}, {Path(trainer.log_dir).name}"
+            title = f"{type(trainer.lightning_module).__name__}: {trainer.log_dir}"
             losses_figure(self.points["train"], self.points["validation"], self.unit, title).savefig(path)
             print(f"loss curve: {path}", flush=True)
 

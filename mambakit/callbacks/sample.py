@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from mambakit.generation import generate
 
@@ -39,6 +40,11 @@ class Sample(Callback):
         self.seed = seed
         self.prompt_tokens = prompt_tokens
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A prompt that the tokenizer cannot encode stops the run now and not after hours of training.
+        if self.prompt is not None:
+            self._encode(trainer)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
@@ -46,7 +52,7 @@ class Sample(Callback):
         if self.prompt is None:
             prompt = next(iter(trainer.datamodule.val_dataloader()))["input_ids"][:1, : self.prompt_tokens]  # type: ignore
         else:
-            prompt = torch.tensor(tokenizer.encode(self.prompt), dtype=torch.int64)[None]
+            prompt = self._encode(trainer)
         draw = torch.Generator(pl_module.device).manual_seed(self.seed)
         new = generate(
             pl_module.model,  # type: ignore[arg-type]
@@ -59,3 +65,12 @@ class Sample(Callback):
         )
         opening, rest = (tokenizer.decode(ids[0].tolist()) for ids in (prompt, new))
         print(f"--- sample, after the prompt {opening!r}\n{opening}{rest}\n---", flush=True)
+
+    def _encode(self, trainer: Trainer) -> Tensor:
+        try:
+            ids = trainer.datamodule.tokenizer.encode(self.prompt)  # type: ignore[attr-defined]
+        except ValueError as error:
+            raise ValueError(f"Sample: prompt {self.prompt!r} does not suit the data's tokenizer: {error}") from error
+        if not len(ids):
+            raise ValueError("Sample: prompt is empty; give at least one character, or leave it out")
+        return torch.tensor(ids, dtype=torch.int64)[None]
