@@ -154,7 +154,7 @@ def conv_backward(
         shift += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     dbias_sum = tl.zeros([BD], tl.float32)
 
-    for tile in range(TILES):
+    for tile in range(tl.minimum(TILES, tl.cdiv(L - group * BL * TILES, BL))):
         t = (group * TILES + tile) * BL + tl.arange(0, BL)
         values = ()  # inputs of steps t-W+1 .. t+W-1
         same = ()  # whether each of those steps continues the sequence of the step before it
