@@ -84,7 +84,5 @@ def copy(name: str, destination: Path, force: bool = False) -> Path:
 
 def nearest(name: str) -> str:
     """``" (did you mean X?)"`` for the packaged recipe closest to ``name``, or nothing where none is close."""
-    short = name.removesuffix(".yaml")
-    close = difflib.get_close_matches(short, names(), n=1, cutoff=0.5)
-    close = close or [known for known in names() if known.rsplit("/", 1)[-1] == short.rsplit("/", 1)[-1]]
+    close = difflib.get_close_matches(name.removesuffix(".yaml"), names(), n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""

@@ -119,6 +119,10 @@ def test_text_shorter_than_one_window(fails):
     assert "5001" in error and "lower context" in error
 
 
+def test_no_test_part(fails, checkpoint):
+    assert "set test_fraction or test_data" in fails("test", *TINY, "--ckpt_path", checkpoint)
+
+
 def test_missing_checkpoint(fails):
     assert "there is no file absent.ckpt" in fails("generate", "--checkpoint", "absent.ckpt")
     assert "there is no file absent.ckpt" in fails("validate", *TINY, "--ckpt_path", "absent.ckpt")

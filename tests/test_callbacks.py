@@ -132,6 +132,18 @@ def test_an_exception_keeps_the_newest_step(tmp_path):
     assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 5
 
 
+def test_an_exception_under_several_processes_waits_for_none(tmp_path):
+    class OneOfTwo(LastCheckpoint):
+        def on_exception(self, trainer, pl_module, exception):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Trainer, "world_size", 2)
+                super().on_exception(trainer, pl_module, exception)
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        fit(tmp_path, OneOfTwo(), module=Line(stop_at=5))
+    assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
+
+
 def test_an_exception_before_the_first_step_overwrites_nothing(tmp_path):
     last = tmp_path / "checkpoints" / "last.ckpt"
     last.parent.mkdir()

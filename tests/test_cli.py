@@ -15,6 +15,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from mambakit import doctor
 from mambakit.checkpoints import load_language_model
 from mambakit.cli import COMMANDS, main
+from mambakit.datamodules.text import ByteTokenizer
 from mambakit.generation import generate
 from mambakit.tasks import CausalLM
 
@@ -133,6 +134,14 @@ def test_validate_repeats_the_loss_of_the_fit(in_run):
     assert shown == [pytest.approx(logged[-1], rel=1e-4)]
 
 
+def test_predict_and_test_run_from_the_saved_configuration(in_run):
+    last = ("--config", in_run / "config.yaml", "--ckpt_path", in_run / "checkpoints/last.ckpt")
+    assert mambakit("predict", *last)[0] == 0
+    status, out = mambakit("test", *last, "--data.test_fraction", 0.1)
+    assert status == 0 and "test/bits_per_byte" in out
+    assert sorted(path.name for path in in_run.parent.glob("version_*")) == ["version_0"], "only a fit leaves a run"
+
+
 def test_generate_needs_only_the_checkpoint(in_run, tmp_path, monkeypatch):
     moved = tmp_path / "alone.ckpt"
     moved.write_bytes((in_run / "checkpoints/last.ckpt").read_bytes())
@@ -152,6 +161,16 @@ def test_a_checkpoint_loads_in_python_and_generates_the_same(in_run):
     text = tokenizer.decode(generate(model, prompt, 10, temperature=0)[0].tolist())
     ask = ("generate", "--checkpoint", in_run / "checkpoints/last.ckpt", "--prompt", "7 sheep", "--max-new", 10)
     assert mambakit(*ask, "--temperature", 0)[1] == f"7 sheep{text}\n"
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-stream"]])
+@pytest.mark.parametrize(("drawn", "shown"), [("é".encode(), "é"), ("é".encode()[:1], "\ufffd")])
+def test_no_half_character_is_printed(monkeypatch, drawn, shown, flags):
+    monkeypatch.setattr(
+        "mambakit.cli.generate.load_language_model", lambda path: (torch.nn.Identity(), ByteTokenizer())
+    )
+    monkeypatch.setattr("mambakit.cli.generate.stream", lambda *_, **__: (torch.tensor([byte]) for byte in drawn))
+    assert mambakit("generate", "--checkpoint", "any", "--prompt", "caf", *flags) == (0, f"caf{shown}\n")
 
 
 @pytest.fixture

@@ -28,7 +28,8 @@ class Recurrence(nn.Module):
         for t in range(input_ids.shape[1]):
             new = 0.7 * state + self.dropout(self.embedding[input_ids[:, t]])
             state = new if mask is None else torch.where(mask[:, t, None], new, state)
-            rows.append(state @ self.head)
+            logits_t = state @ self.head
+            rows.append(logits_t if mask is None else logits_t * mask[:, t, None])  # zeros at padding, as our models
         logits = torch.stack(rows, dim=1)
         return (logits, state) if return_state else logits
 

@@ -29,6 +29,12 @@ class LossCurve(Callback):
         self.names = {"train": train, "validation": validation}
         self.unit = unit
         self.points: dict[str, Points] = {"train": [], "validation": []}
+        self.path: Path | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Here every process takes part: finding the log directory is a broadcast.
+        directory, dry = trainer.log_dir, trainer.fast_dev_run  # type: ignore[attr-defined]
+        self.path = None if directory is None or dry else Path(directory, "loss.png")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -65,23 +71,19 @@ class LossCurve(Callback):
 
     def _save(self, trainer: Trainer) -> None:
         drawn = any(step > 0 for points in self.points.values() for step, _ in points)
-        dry = trainer.fast_dev_run  # type: ignore[attr-defined]
-        if drawn and not dry and trainer.is_global_zero and trainer.log_dir is not None:
-            path = Path(trainer.log_dir, "loss.png")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            title = f"{type(trainer.lightning_module).__name__}: {trainer.log_dir}"
-            losses_figure(self.points["train"], self.points["validation"], self.unit, title).savefig(path)
-            print(f"loss curve: {path}", flush=True)
+        if drawn and self.path is not None and trainer.is_global_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            title = f"{type(trainer.lightning_module).__name__}: {self.path.parent}"
+            losses_figure(self.points["train"], self.points["validation"], self.unit, title).savefig(self.path)
+            print(f"loss curve: {self.path}", flush=True)
 
 
 def losses_figure(train: Points, validation: Points, unit: str, title: str) -> Figure:
     """A figure of (step, loss) points; the lowest validation loss is marked and written out."""
-    # The object interface needs no display and leaves a notebook's figures and backend alone.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    # Without pyplot it needs no display, and leaves a notebook's figures and backend alone.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     if train:
         axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.6, linewidth=1, label="train")
