@@ -111,7 +111,7 @@ class MambakitCLI(LightningCLI):
         if self.subcommand == "fit":
             callbacks = given.callbacks or []
             callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-            kwargs["callbacks"] = [*callbacks, *self._default_callbacks(given, callbacks)]
+            kwargs["callbacks"] = [*self._default_callbacks(given, callbacks), *callbacks]
         return super().instantiate_trainer(**kwargs)
 
     def _default_callbacks(self, trainer: Any, given: list[Callback]) -> list[Callback]:
