@@ -27,8 +27,9 @@ def work(folder):
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     model = make()
+    wrapped = DistributedDataParallel(model)
     ids = data()[2 * rank : 2 * rank + 2]
-    logits = DistributedDataParallel(model)(ids[:, :-1])
+    logits = wrapped(ids[:, :-1])
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
     torch.save({name: p.grad for name, p in model.named_parameters()}, Path(folder, f"{rank}.pt"))
     dist.destroy_process_group()
