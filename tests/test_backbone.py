@@ -121,6 +121,28 @@ def test_language_model_states_and_steps():
     assert_close("logits", torch.cat([first, step[:, None], rest], 1), whole, 1e-5)
 
 
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_prefill_is_the_last_real_row_of_the_logits(side):
+    """And only that row is made: the head never sees the rest of the prompt."""
+    torch.manual_seed(0)
+    model = LanguageModel(11, Backbone(8, 2)).eval()
+    ids, mask, last = torch.randint(11, (2, 9)), None, [8, 8]
+    if side != "none":
+        mask = torch.ones(2, 9, dtype=torch.bool)
+        mask[0, : 4 if side == "left" else None] = False
+        if side == "right":
+            mask[0, :4], last = True, [3, 8]
+    seen = []
+    with torch.no_grad():
+        whole, state = model(ids, mask=mask, return_state=True)
+        model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+        logits, prefilled = model.prefill(ids, mask=mask)
+    assert_close("logits", logits, whole[torch.arange(2), last], 1e-6)
+    assert seen == [(2, 8)]
+    for got, want in zip(prefilled.tensors(), state.tensors(), strict=True):
+        assert_close("state", got, want, 1e-6)
+
+
 def test_language_model_loss_is_cross_entropy():
     torch.manual_seed(0)
     model = LanguageModel(11, Backbone(8, 1))

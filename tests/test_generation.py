@@ -33,6 +33,12 @@ class Recurrence(nn.Module):
         logits = torch.stack(rows, dim=1)
         return (logits, state) if return_state else logits
 
+    def prefill(self, input_ids: Tensor, *, mask: Tensor | None = None):
+        logits, state = self(input_ids, mask=mask, return_state=True)
+        if mask is None:
+            return logits[:, -1], state
+        return torch.stack([row[real][-1] for row, real in zip(logits, mask, strict=True)]), state
+
     def step(self, ids_t: Tensor, state: Tensor):
         self.steps += 1
         state = 0.7 * state + self.dropout(self.embedding[ids_t])

@@ -19,8 +19,8 @@ class StepwiseModel(Protocol):
 
     training: bool
 
-    def __call__(self, input_ids: Tensor, *, mask: Tensor | None = None, return_state: bool = False) -> Any:
-        """Logits (B, L, V) of ids (B, L), and with ``return_state`` the state after each row's last real id."""
+    def prefill(self, input_ids: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Logits (B, V) and state after each row's last real id of ids (B, L)."""
 
     def step(self, ids_t: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Logits (B, V) of one id a row (B,), and the state after it."""
@@ -45,7 +45,7 @@ def generate(
     """Continue a batch of prompts.
 
     Args:
-        model: a language model, or anything with its ``forward``, ``step`` and ``train``; it runs in evaluation mode
+        model: a language model, or anything with its ``prefill``, ``step`` and ``train``; it runs in evaluation mode
             and is put back as it was.
         prompt_ids: (B, L) int64, L at least 1.
         max_new_tokens: how many ids to add at most.
@@ -111,8 +111,8 @@ def _stream(
     was_training = model.training
     model.train(False)
     try:
-        logits, state = model(prompt_ids, mask=mask, return_state=True)
-        ids = draw(logits[torch.arange(len(logits), device=logits.device), last_real(prompt_ids, mask)])
+        logits, state = model.prefill(prompt_ids, mask=mask)
+        ids = draw(logits)
         finished = torch.isin(ids, stops)
         yield ids
         for _ in range(max_new_tokens - 1):
@@ -125,14 +125,6 @@ def _stream(
             yield ids
     finally:
         model.train(was_training)
-
-
-def last_real(prompt_ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Index (B,) int64 of each row's last id that the mask (B, L) holds real."""
-    batch, length = prompt_ids.shape
-    if mask is None:
-        return torch.full((batch,), length - 1, device=prompt_ids.device)
-    return length - 1 - mask.flip(1).int().argmax(dim=1)
 
 
 def _check_prompt(prompt_ids: Tensor, max_new_tokens: int, mask: Tensor | None) -> None:

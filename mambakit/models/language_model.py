@@ -59,6 +59,17 @@ class LanguageModel(nn.Module):
         """Cross-entropy in nats of labels (B, L): labels[:, t] is what follows input_ids[:, t]; -100 is skipped."""
         return self.lm_head.loss(self.backbone(input_ids, seq_idx=seq_idx, mask=mask), labels, reduction)
 
+    def prefill(
+        self, input_ids: Tensor, *, state: BackboneState | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, BackboneState]:
+        """Read prompts (B, L): logits (B, V) after each row's last real id, and the state there.
+
+        Only those logits are made: all of a long prompt's, (B, L, V), may not fit into memory.
+        """
+        hidden, state = self.backbone(input_ids, state=state, mask=mask, return_state=True)
+        last = input_ids.new_full((len(input_ids),), -1) if mask is None else -1 - mask.flip(1).int().argmax(dim=1)
+        return self.lm_head(hidden[torch.arange(len(hidden), device=hidden.device), last]), state
+
     def step(self, ids_t: Tensor, state: BackboneState) -> tuple[Tensor, BackboneState]:
         """One token: ids_t (B,) to (logits (B, V), state), in constant time and memory."""
         hidden, state = self.backbone.step(ids_t, state)
