@@ -12,7 +12,7 @@ HUB_PREFIX = "hf:"
 # What to do about a file that people are often sent here to use.
 _KNOWN_FILES = {
     "tinyshakespeare.txt": "Tiny Shakespeare is data/tinyshakespeare/input.txt of karpathy/char-rnn on GitHub: "
-    "curl -Lo {path} https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    "curl --create-dirs -Lo {path} https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
 }
 
 

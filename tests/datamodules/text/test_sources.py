@@ -93,7 +93,8 @@ def test_what_is_missing_is_told(folder):
     (folder / "bare").mkdir()
     with pytest.raises(FileNotFoundError, match=r"holds no \*.txt file; name other files with a glob"):
         read_documents("bare", folder)
-    with pytest.raises(FileNotFoundError, match=f"karpathy/char-rnn .*curl -Lo {folder}/tinyshakespeare.txt http"):
+    command = f"curl --create-dirs -Lo {folder}/tinyshakespeare.txt http"
+    with pytest.raises(FileNotFoundError, match=f"karpathy/char-rnn .*{command}"):
         read_documents("tinyshakespeare.txt", folder)
 
 
