@@ -21,12 +21,24 @@ from torch import Tensor
 
 from mambakit.kernels.scan.coefficients import Constant, PerStep
 from mambakit.kernels.scan.lanes import CHUNK, Chunk, Lanes
-from mambakit.kernels.scan.reference import state_dtype
+from mambakit.kernels.scan.reference import (
+    FORWARD,
+    HALF,
+    REVERSE,
+    Inputs,
+    channel_axes,
+    has_halves,
+    split_channels,
+    state_dtype,
+)
 
 
-def checkpoint_shape(batch: int, length: int, channels: int, d_state: int) -> tuple[int, int, int, int]:
-    """Shape of the states saved for the backward: (B, chunks, N, D), the state before each chunk."""
-    return batch, (length + CHUNK - 1) // CHUNK, d_state, channels
+def checkpoint_shape(batch: int, length: int, channels: int, d_state: int) -> tuple[int, int, int]:
+    """Shape of the states saved for the backward: (B, chunks, N D), the state (N, D) before each chunk.
+
+    Where the halves of the channels run in opposite directions, the first half's states lie before the second's.
+    """
+    return batch, (length + CHUNK - 1) // CHUNK, d_state * channels
 
 
 def scan_forward(
@@ -41,10 +53,15 @@ def scan_forward(
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
     delta_softplus: bool,
-    reverse: bool,
+    direction: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``selective_scan`` without gradients: ``(out (B, L, D), final_state (B, D, N), checkpoints)``."""
-    scan = _Scan(u, delta, A, B, C, D, z, delta_bias, seq_idx, delta_softplus, reverse)
+    if direction == HALF:
+        first, second = split_channels(Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx))
+        halves = scan_forward(*first, delta_softplus, FORWARD), scan_forward(*second, delta_softplus, REVERSE)
+        out, final_state, checkpoints = zip(*halves, strict=True)
+        return torch.cat(out, 2), torch.cat(final_state, 1), torch.cat(checkpoints, 2)
+    scan = _Scan(u, delta, A, B, C, D, z, delta_bias, seq_idx, delta_softplus, direction == REVERSE)
     return scan.forward(initial_state)
 
 
@@ -63,14 +80,44 @@ def scan_backward(
     seq_idx: Tensor | None,
     checkpoints: Tensor,
     delta_softplus: bool,
-    reverse: bool,
+    direction: int,
+    recompute_out: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of ``scan_forward``: for u, delta, A, B, C, D, z, delta_bias and initial_state, None where that is."""
-    scan = _Scan(u, delta, A, B, C, D, z, delta_bias, seq_idx, delta_softplus, reverse)
+    """Gradients of ``scan_forward``: for u, delta, A, B, C, D, z, delta_bias and initial_state, None where that is.
+
+    With ``recompute_out`` also its ``out``, from a second forward.
+    """
+    arguments = (u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx)
+    out = (scan_forward(*arguments, delta_softplus, direction)[0],) if recompute_out else ()
+    if direction == HALF:
+        return *_backward_of_halves(dout, dfinal_state, Inputs(*arguments), checkpoints, delta_softplus), *out
+    scan = _Scan(u, delta, A, B, C, D, z, delta_bias, seq_idx, delta_softplus, direction == REVERSE)
     given = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
     gradients = scan.backward(dout, dfinal_state, checkpoints, {name: t for name, t in given.items() if t is not None})
     dstate = gradients.pop("initial_state")
-    return *map(gradients.get, given), None if initial_state is None else _like(dstate, initial_state)
+    return *map(gradients.get, given), None if initial_state is None else _like(dstate, initial_state), *out
+
+
+def _backward_of_halves(
+    dout: Tensor, dfinal_state: Tensor | None, whole: Inputs, checkpoints: Tensor, delta_softplus: bool
+) -> Iterator[Tensor | None]:
+    """``scan_backward`` where the second half of the channels runs in reverse."""
+    # A B or C of every channel gets its gradient from both halves: added before it is rounded to a narrow dtype.
+    shared = {name: b for name, b in (("B", whole.B), ("C", whole.C)) if not has_halves(b)}
+    wide = {name: b.to(torch.promote_types(b.dtype, torch.float32)) for name, b in shared.items()}
+    first, second = split_channels(whole._replace(**wide))
+    douts, states = dout.chunk(2, 2), checkpoints.chunk(2, 2)
+    dfinals = (None, None) if dfinal_state is None else dfinal_state.chunk(2, 1)
+    firsts = scan_backward(douts[0], dfinals[0], *first, states[0], delta_softplus, FORWARD)
+    seconds = scan_backward(douts[1], dfinals[1], *second, states[1], delta_softplus, REVERSE)
+    axes = channel_axes(whole)
+    for name, one, other in zip(whole._fields, firsts, seconds, strict=False):  # the last, seq_idx, has no gradient
+        if one is None or other is None:
+            yield None
+        elif name in shared:
+            yield (one + other).to(shared[name].dtype)
+        else:
+            yield torch.cat((one, other), axes[name])
 
 
 def _like(gradient: Tensor, argument: Tensor) -> Tensor:
@@ -119,12 +166,11 @@ class _Scan(Lanes):
         self.A = Constant(A.to(self.dtype).t().contiguous())
         self.A_log2 = Constant(self.A.values * math.log2(math.e))  # for exp2, which is four times as fast as exp
         self.B, self.C = self._coefficients(B), self._coefficients(C)
-        # Where a sequence begins, -inf on top of the log decay makes the decay exactly 0.
-        self.log_reset: Tensor | None = None
+        # Whether a sequence begins at an element (R, S, 1, 1): no product with a decay of 0, which infinity survives.
+        self.begins: Tensor | None = None
         if seq_idx is not None:
             begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (0, 1) if reverse else (1, 0))
-            zeros = self.A.values.new_zeros(begins.shape)
-            self.log_reset = self.fold(zeros.masked_fill_(begins, -torch.inf))[:, :, None, None]
+            self.begins = self.fold(begins)[:, :, None, None]
         # The elements that fill up the last lane: steps of size 0 pass the state unchanged.
         self.filling: Tensor | None = None
         if self.missing:
@@ -162,18 +208,23 @@ class _Scan(Lanes):
             dy = dgated * F.silu(self.read(self.z, chunk).to(self.real))
         return dgated, dy, 2 * dy if self.dtype.is_complex else dy
 
-    def decay(self, chunk: Chunk, step: Tensor, out: Tensor) -> Tensor:
-        """a_t = exp(delta_t A), 0 where a sequence begins."""
-        offset = None if self.log_reset is None else self.read(self.log_reset, chunk)
-        return self.A_log2.outer(step, out, offset).exp2_()
+    def decay(self, step: Tensor, out: Tensor) -> Tensor:
+        """a_t = exp(delta_t A)."""
+        return self.A_log2.outer(step, out).exp2_()
+
+    def resets(self, chunk: Chunk) -> Tensor | None:
+        """(rows, times, 1, 1), whether the state from before an element is cleared; None where it never is."""
+        return None if self.begins is None else self.read(self.begins, chunk)
 
     def lane_decay(self) -> Tensor:
         """The product of a whole lane's decays, (B, lanes, N, D): the exponential of a sum, never a quotient."""
         totals = [self.inputs(chunk)[2].sum(1, keepdim=True) for chunk in self.chunks(slice(0, self.rows))]
-        total = torch.stack(totals).sum(0)
-        offset = None if self.log_reset is None else self.log_reset.sum(1, keepdim=True)
         out = self.A.values.new_empty(self.rows, 1, self.d_state, self.channels)
-        return self.by_lane(self.A_log2.outer(total, out, offset).exp2_().squeeze(1))
+        return self.by_lane(self.decay(torch.stack(totals).sum(0), out).squeeze(1))
+
+    def lane_resets(self) -> Tensor | None:
+        """(B, lanes, 1, 1), whether the state that enters a lane is cleared inside it; None where none is."""
+        return None if self.begins is None else self.by_lane(self.begins.any(1))
 
     def readout(self, C: Constant | PerStep, h: Tensor, u: Tensor, scratch: Tensor) -> Tensor:
         """C h + D u, (rows, times, D). Complex states stand for conjugate pairs, whose sum is twice the real part."""
@@ -191,14 +242,14 @@ class _Scan(Lanes):
         for chunk in self.chunks(rows):
             a, h = self.tiles(buffers, chunk)
             u, _, step = self.inputs(chunk)
-            self.decay(chunk, step, a)
+            self.decay(step, a)
             self.coefficients(self.B, chunk).outer(step * u, h)
-            end.copy_(_recur(end, a, h))
-        ends, decays = self.by_lane(end), self.lane_decay()
+            end.copy_(_recur(end, a, h, self.resets(chunk)))
+        ends, decays, resets = self.by_lane(end), self.lane_decay(), self.lane_resets()
         starts, state = torch.empty_like(ends), initial
         for lane in range(self.count):
             starts[:, lane] = state
-            state = torch.addcmul(ends[:, lane], decays[:, lane], state)
+            state = torch.addcmul(ends[:, lane], decays[:, lane], _cleared(state, resets, lane))
         return self.by_row(starts)
 
     def lane_arrivals(self, dfinal: Tensor, dout: Tensor) -> Tensor:
@@ -210,15 +261,16 @@ class _Scan(Lanes):
         buffers = self.buffers(rows, 2, like=leaving)
         for chunk in self.chunks(rows, backwards=True):
             a, g = self.tiles(buffers, chunk)
-            self.decay(chunk, self.inputs(chunk)[2], a).conj_physical_()
+            self.decay(self.inputs(chunk)[2], a).conj_physical_()
             self.coefficients(self.C, chunk).conj().outer(self.output_gradient(dout, chunk)[2], g)
-            _recur_back(leaving, a, g)
-            torch.mul(a[:, 0], g[:, 0], out=leaving)
-        leaves, decays = self.by_lane(leaving), self.lane_decay().conj_physical_()
+            resets = self.resets(chunk)
+            _recur_back(leaving, a, g, resets)
+            torch.mul(a[:, 0], _cleared(g[:, 0], resets, 0), out=leaving)
+        leaves, decays, resets = self.by_lane(leaving), self.lane_decay().conj_physical_(), self.lane_resets()
         arrivals, arriving = torch.empty_like(leaves), dfinal
         for lane in range(self.count - 1, -1, -1):
             arrivals[:, lane] = arriving
-            arriving = torch.addcmul(leaves[:, lane], decays[:, lane], arriving)
+            arriving = torch.addcmul(leaves[:, lane], decays[:, lane], _cleared(arriving, resets, lane))
         return self.by_row(arrivals)
 
     def forward(self, initial_state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -226,16 +278,17 @@ class _Scan(Lanes):
         out = self.u.new_empty(self.rows, self.lane_length, self.channels)
         state = self.lane_starts(self.state(initial_state))
         checkpoints = state.new_empty(checkpoint_shape(self.batch, self.length, self.channels, self.d_state))
+        saved = checkpoints.unflatten(2, (self.d_state, self.channels))
         for rows in self.row_groups():
             buffers = self.buffers(rows, 2, like=state)
             for chunk in self.chunks(rows):
-                slots = self.slots(checkpoints, chunk)
+                slots = self.slots(saved, chunk)
                 slots.copy_(self.by_lane(state[rows])[:, : slots.shape[1]])
                 a, h = self.tiles(buffers, chunk)
                 u, _, step = self.inputs(chunk)
-                self.decay(chunk, step, a)
+                self.decay(step, a)
                 self.coefficients(self.B, chunk).outer(step * u, h)
-                state[rows] = _recur(state[rows], a, h)
+                state[rows] = _recur(state[rows], a, h, self.resets(chunk))
                 y = self.readout(self.coefficients(self.C, chunk), h, u, scratch=a)
                 if self.z is not None:
                     y = y.mul_(F.silu(self.read(self.z, chunk).to(self.real)))
@@ -248,6 +301,7 @@ class _Scan(Lanes):
     ) -> dict[str, Tensor]:
         """The gradients of the arguments ``given``, and of the initial state, by name."""
         dout = self.fold(dout)
+        checkpoints = checkpoints.unflatten(2, (self.d_state, self.channels))
         arriving = self.lane_arrivals(self.state(dfinal_state), dout)
         series, totals = {}, {}
         for name, argument in given.items():
@@ -284,9 +338,10 @@ class _Scan(Lanes):
         start = slots.new_zeros(slots.shape[0], self.count, *slots.shape[2:])
         start[:, : slots.shape[1]] = slots
         start = self.by_row(start)
-        self.decay(chunk, step, a)
+        self.decay(step, a)
         B.outer(step * u, h)
-        _recur(start, a, h)
+        resets = self.resets(chunk)
+        _recur(start, a, h, resets)
 
         dgated, dy, dreadout = self.output_gradient(dout, chunk)
         if self.z is not None:
@@ -297,12 +352,14 @@ class _Scan(Lanes):
             tile.conj_physical_()
         yield "C", C.gradient(h, dreadout, scratch=g)
         C.conj().outer(dreadout, g)
-        _recur_back(arriving[chunk.rows], a, g)
+        _recur_back(arriving[chunk.rows], a, g, resets)
         # From here on a holds a_t g_t, which the step before receives, and then the gradient of log a_t.
         torch.mul(a, g, out=a)
-        arriving[chunk.rows] = a[:, 0]
+        arriving[chunk.rows] = _cleared(a[:, 0], resets, 0)
         a[:, 1:] *= h[:, :-1]
         a[:, 0] *= start
+        if resets is not None:
+            a.masked_fill_(resets, 0)
 
         yield "B", B.gradient(g, step * u, scratch=h)
         ddrive = B.conj().contract(g, scratch=h).real
@@ -321,16 +378,21 @@ class _Scan(Lanes):
         yield "delta_bias", draw.sum((0, 1))
 
 
-def _recur(state: Tensor, a: Tensor, h: Tensor) -> Tensor:
+def _cleared(state: Tensor, resets: Tensor | None, t: int) -> Tensor:
+    """The state on one side of element t as the other side sees it: 0, even for NaN, where a sequence begins at t."""
+    return state if resets is None else torch.where(resets[:, t], 0, state)
+
+
+def _recur(state: Tensor, a: Tensor, h: Tensor, resets: Tensor | None) -> Tensor:
     """h_t <- a_t h_{t-1} + h_t from ``state``, in place on the tile h; returns the last state."""
-    for a_t, h_t in zip(a.unbind(1), h.unbind(1), strict=True):
-        state = torch.addcmul(h_t, a_t, state, out=h_t)
+    for t, (a_t, h_t) in enumerate(zip(a.unbind(1), h.unbind(1), strict=True)):
+        state = torch.addcmul(h_t, a_t, _cleared(state, resets, t), out=h_t)
     return state
 
 
-def _recur_back(arriving: Tensor, a: Tensor, g: Tensor) -> None:
+def _recur_back(arriving: Tensor, a: Tensor, g: Tensor, resets: Tensor | None) -> None:
     """g_t <- g_t + a_{t+1} g_{t+1}, in place on the tile g, where ``arriving`` is the last a_{t+1} g_{t+1}."""
     a_steps, g_steps = a.unbind(1), g.unbind(1)
     g_steps[-1].add_(arriving)
     for t in range(len(g_steps) - 2, -1, -1):
-        torch.addcmul(g_steps[t], a_steps[t + 1], g_steps[t + 1], out=g_steps[t])
+        torch.addcmul(g_steps[t], a_steps[t + 1], _cleared(g_steps[t + 1], resets, t + 1), out=g_steps[t])

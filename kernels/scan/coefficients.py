@@ -19,11 +19,9 @@ class Constant:
     def conj(self) -> Constant:
         return Constant(self.values.conj().resolve_conj())
 
-    def outer(self, v: Tensor, out: Tensor, offset: Tensor | None = None) -> Tensor:
-        """out[n, d] = values[n, d] v[d], plus an offset broadcast to the tile; v is (rows, times, D)."""
-        if offset is None:
-            return torch.mul(v.unsqueeze(2), self.values, out=out)
-        return torch.addcmul(offset, v.unsqueeze(2), self.values, out=out)
+    def outer(self, v: Tensor, out: Tensor) -> Tensor:
+        """out[n, d] = values[n, d] v[d]; v is (rows, times, D)."""
+        return torch.mul(v.unsqueeze(2), self.values, out=out)
 
     def contract(self, h: Tensor, scratch: Tensor) -> Tensor:
         """sum over n of values[n, d] h[n, d]: (rows, times, D). ``scratch`` is a tile to overwrite."""

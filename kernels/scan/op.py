@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mambakit.kernels import checks, dispatch
 from mambakit.kernels.scan import chunked
-from mambakit.kernels.scan.reference import scan_reference, state_dtype
+from mambakit.kernels.scan.reference import HALF, direction_of, has_halves, scan_reference, state_dtype
 
 NAME = "selective_scan"
 
@@ -28,7 +28,7 @@ def selective_scan(
     *,
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
-    reverse: bool = False,
+    reverse: bool | str = False,
     return_final_state: bool = False,
     backend: str = "auto",
 ) -> Any:
@@ -58,7 +58,10 @@ def selective_scan(
         seq_idx: (B, L) int32 or int64; where its value changes another sequence begins and the state is cleared, so
             ``initial_state`` reaches only the first one.
         reverse: run from the last element to the first. The initial state then enters at the end of the sequence and
-            the final state leaves at its start.
+            the final state leaves at its start. "half": the second half of the channels does so and the first half
+            runs forwards, both directions of a bidirectional block in one call; D is even, and B and C have an even
+            number of groups, one group that serves both halves, or are constant. Every channel has its own z: to gate
+            both halves by one (B, L, D/2), give it twice side by side or multiply behind the call.
         return_final_state: also return the state after the last element.
         backend: "auto", "triton", "torch" or "reference"; see ``mambakit.kernels.dispatch``. Complex or float64
             arguments are served by "torch".
@@ -74,8 +77,9 @@ def selective_scan(
         TypeError: a wrong dtype.
     """
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx)
+    _check_reverse(reverse, u, B, C)
     chosen = dispatch.choose(NAME, backend, u, _not_in_triton(u, delta, A, B, C)).backend
-    arguments = (u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus, reverse)
+    arguments = (u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus, direction_of(reverse))
     if chosen == "reference":
         out, final_state = scan_reference(*arguments)
     else:
@@ -132,6 +136,21 @@ def _check(
     checks.check_seq_idx(NAME, seq_idx, u, "u")
 
 
+def _check_reverse(reverse: bool | str, u: Tensor, B: Tensor, C: Tensor) -> None:
+    if reverse not in (False, True, "half"):
+        raise ValueError(f'{NAME}: reverse is {reverse!r}, expected False, True or "half"')
+    if direction_of(reverse) == HALF:
+        channels = u.shape[2]
+        if channels % 2:
+            raise ValueError(f'{NAME}: u has {channels} channels, expected an even number of them for reverse="half"')
+        for name, tensor in (("B", B), ("C", C)):
+            if tensor.dim() == 4 and has_halves(tensor) and tensor.shape[2] % 2:
+                raise ValueError(
+                    f"{NAME}: {name} has {tensor.shape[2]} groups, expected one or an even number of them for "
+                    'reverse="half": no group may serve channels of both directions unless it serves all'
+                )
+
+
 def _not_in_triton(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> str | None:
     dtype = state_dtype(u, delta, A, B, C)
     if dtype.is_complex:
@@ -165,11 +184,11 @@ def _scan(
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
     delta_softplus: bool,
-    reverse: bool,
+    direction: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _implementation(backend).scan_forward(
-        u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus, reverse
+        u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus, direction
     )
 
 
@@ -186,7 +205,7 @@ def _(
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
     delta_softplus: bool,
-    reverse: bool,
+    direction: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, channels = u.shape
@@ -215,7 +234,7 @@ def _scan_backward(
     seq_idx: Tensor | None,
     checkpoints: Tensor,
     delta_softplus: bool,
-    reverse: bool,
+    direction: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     gradients = _implementation(backend).scan_backward(
@@ -233,7 +252,7 @@ def _scan_backward(
         seq_idx,
         checkpoints,
         delta_softplus,
-        reverse,
+        direction,
     )
     # An operator returns tensors only: an empty one stands for the gradient of an argument that was not given.
     return tuple(u.new_empty(0) if gradient is None else gradient for gradient in gradients)  # type: ignore[return-value]
@@ -255,7 +274,7 @@ def _(
     seq_idx: Tensor | None,
     checkpoints: Tensor,
     delta_softplus: bool,
-    reverse: bool,
+    direction: int,
     backend: str,
 ) -> tuple[Tensor, ...]:
     arguments = (u, delta, A, B, C, D, z, delta_bias, initial_state)
@@ -264,7 +283,7 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # no zeros as large as the checkpoints for the gradient they never get
-    *tensors, ctx.delta_softplus, ctx.reverse, ctx.backend = inputs
+    *tensors, ctx.delta_softplus, ctx.direction, ctx.backend = inputs
     ctx.save_for_backward(*tensors, output[2])
 
 
@@ -272,7 +291,9 @@ def _differentiate(ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None, _
     *tensors, checkpoints = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(tensors[0])
-    gradients = _scan_backward(dout, dfinal_state, *tensors, checkpoints, ctx.delta_softplus, ctx.reverse, ctx.backend)
+    gradients = _scan_backward(
+        dout, dfinal_state, *tensors, checkpoints, ctx.delta_softplus, ctx.direction, ctx.backend
+    )
     given = (None if t is None else gradient for t, gradient in zip(tensors, gradients, strict=False))
     return *given, None, None, None, None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +15,54 @@ def state_dtype(*tensors: Tensor) -> torch.dtype:
     for tensor in tensors:
         wide = torch.promote_types(wide, tensor.dtype)
     return wide
+
+
+FORWARD, REVERSE, HALF = 0, 1, 2
+
+
+def direction_of(reverse: bool | str) -> int:
+    """How ``selective_scan``'s ``reverse`` is written between Python functions and in the operators' schemas.
+
+    FORWARD and REVERSE for False and True; HALF for "half": the first half of the channels forwards, the second in
+    reverse.
+    """
+    return HALF if reverse == "half" else REVERSE if reverse else FORWARD
+
+
+def has_halves(coefficients: Tensor) -> bool:
+    """Whether the halves of the channels have a B or C of their own: not one for every channel."""
+    return coefficients.dim() == 2 or (coefficients.dim() == 4 and coefficients.shape[2] > 1)
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call of ``selective_scan``, in the order of every function behind it."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    delta_bias: Tensor | None
+    initial_state: Tensor | None
+    seq_idx: Tensor | None
+
+
+def channel_axes(whole: Inputs) -> dict[str, int]:
+    """The axis of the channels, or of their groups, in every tensor that has one; a B or C of all channels has none."""
+    axes = {"u": 2, "delta": 2, "A": 0, "D": 0, "z": 2, "delta_bias": 0, "initial_state": 1}
+    return axes | {name: b.dim() - 2 for name, b in (("B", whole.B), ("C", whole.C)) if has_halves(b)}
+
+
+def split_channels(whole: Inputs) -> tuple[Inputs, Inputs]:
+    """The tensors of the first half of the channels and those of the second, as views."""
+    halves: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
+    for name, axis in channel_axes(whole).items():
+        tensor = getattr(whole, name)
+        if tensor is not None:
+            halves[0][name], halves[1][name] = tensor.chunk(2, axis)
+    return whole._replace(**halves[0]), whole._replace(**halves[1])
 
 
 def at_time(coefficients: Tensor, t: int, channels: int) -> Tensor:
@@ -36,14 +86,20 @@ def scan_reference(
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
     delta_softplus: bool = False,
-    reverse: bool = False,
+    direction: int = FORWARD,
 ) -> tuple[Tensor, Tensor]:
     """Output and final state of ``selective_scan``, whose docstring says what each argument is.
 
-    Everything is ordinary differentiable PyTorch: autograd gives the gradients, of any order. float64 stays float64,
-    other inputs are computed in float32. Time and memory grow with L steps of several small operations each: this is
-    for tests and for reading.
+    ``direction`` is ``direction_of(reverse)``. Everything is ordinary differentiable PyTorch: autograd gives the
+    gradients, of any order. float64 stays float64, other inputs are computed in float32. Time and memory grow with L
+    steps of several small operations each: this is for tests and for reading.
     """
+    if direction == HALF:
+        first, second = split_channels(Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx))
+        halves = scan_reference(*first, delta_softplus, FORWARD), scan_reference(*second, delta_softplus, REVERSE)
+        outs, states = zip(*halves, strict=True)
+        return torch.cat(outs, dim=2), torch.cat(states, dim=1)
+    reverse = direction == REVERSE
     batch, length, channels = u.shape
     dtype = state_dtype(u, delta, A, B, C)
     real = torch.empty((), dtype=dtype).real.dtype

@@ -8,7 +8,7 @@ scratch of this program's own, then those few steps at a time in registers, wher
 """
 
 # Inside a kernel tuples grow step by step, which mypy takes for an assignment of another type.
-# mypy: disable-error-code="assignment, misc, var-annotated"
+# mypy: disable-error-code="assignment, misc, no-redef, var-annotated"
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ from mambakit.kernels.scan.triton_common import (
     unit_stride,
     vector_strides,
 )
+from mambakit.kernels.scan.triton_forward import scan_forward
 
 
 @triton.jit(do_not_specialize=[
@@ -48,7 +49,7 @@ def scan_backward_kernel(
     length, channels, group_channels, blocks_per_group, blocks, B_share, C_share, chunk,
     u_b, u_l, delta_b, delta_l, z_b, z_l, dout_b, dout_l, seq_b, B_b, B_l, B_g, C_b, C_l, C_g,
     N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, STEPS: tl.constexpr,
-    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr,
+    SOFTPLUS: tl.constexpr, DIRECTION: tl.constexpr, CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr,
 ):  # fmt: skip
     """One tile of channels of one batch row, the whole sequence from its end. Grid (batch * blocks,).
 
@@ -56,9 +57,13 @@ def scan_backward_kernel(
     caller: dA and a constant B's or C's gradient (B, N, D), dD, dbias (B, D), and by tile of channels dB, dC
     (blocks, B, L, N). Scratch (programs, chunk / STEPS, N, BD) float32.
     """
-    DIRECTION: tl.constexpr = -1 if REVERSE else 1
     b = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
+    # Scan step t lies at position first + toward * t. Of two halves of the channels the second runs backwards.
+    if DIRECTION == 2:
+        toward = 1 - 2 * (2 * block >= blocks).to(tl.int32)
+    else:
+        toward: tl.constexpr = 1 - 2 * DIRECTION
     group = block // blocks_per_group
     local = (block % blocks_per_group) * BD + tl.arange(0, BD)
     d = group * group_channels + local
@@ -107,9 +112,7 @@ def scan_backward_kernel(
     if dfinal is not None:
         s = load_tile(dfinal + tile, 1, channels, d, n, in_tile)
 
-    first = tl.zeros([], tl.int64)
-    if REVERSE:
-        first += length - 1
+    first = ((1 - toward) // 2 * (length - 1)).to(tl.int64)
     chunks = tl.cdiv(length, chunk)
     checkpoints += tile * chunks
     slots = chunk // STEPS
@@ -125,15 +128,15 @@ def scan_backward_kernel(
         for part in tl.range(0, parts):
             store_tile(scratch + part * N * BD, 1, BD, in_slot, n, in_n[:, None], h)
             t0 = start + part * STEPS
-            us = load_rows(u, u_l, d, in_d, t0, length, first, DIRECTION, STEPS)
-            deltas = load_rows(delta, delta_l, d, in_d, t0, length, first, DIRECTION, STEPS)
-            Bs = load_vectors(B, B_l, n, in_n, t0, length, first, DIRECTION, STEPS, CONSTANT_B)
-            resets = load_resets(seq_idx, t0, length, first, DIRECTION, STEPS)
+            us = load_rows(u, u_l, d, in_d, t0, length, first, toward, STEPS)
+            deltas = load_rows(delta, delta_l, d, in_d, t0, length, first, toward, STEPS)
+            Bs = load_vectors(B, B_l, n, in_n, t0, length, first, toward, STEPS, CONSTANT_B)
+            resets = load_resets(seq_idx, t0, length, first, toward, STEPS)
             for i in tl.static_range(STEPS):
                 _, step = step_size(deltas[i], offset, t0 + i < length, SOFTPLUS)
                 a = tl.exp2((step * LOG2E)[None, :] * A_tile)
                 if seq_idx is not None:
-                    a = tl.where(resets[i], 0.0, a)
+                    h = tl.where(resets[i], 0.0, h)
                 if not CONSTANT_B:
                     B_tile = Bs[i].to(tl.float32)[:, None]
                 h = a * h + (step * us[i].to(tl.float32))[None, :] * B_tile
@@ -143,20 +146,20 @@ def scan_backward_kernel(
             part = parts - 1 - reverse_part
             t0 = start + part * STEPS
             h = load_tile(scratch + part * N * BD, 1, BD, in_slot, n, in_n[:, None])
-            us = load_rows(u, u_l, d, in_d, t0, length, first, DIRECTION, STEPS)
-            deltas = load_rows(delta, delta_l, d, in_d, t0, length, first, DIRECTION, STEPS)
-            zs = load_rows(z, z_l, d, in_d, t0, length, first, DIRECTION, STEPS)
-            gs = load_rows(dout, dout_l, d, in_d, t0, length, first, DIRECTION, STEPS)
-            Bs = load_vectors(B, B_l, n, in_n, t0, length, first, DIRECTION, STEPS, CONSTANT_B)
-            Cs = load_vectors(C, C_l, n, in_n, t0, length, first, DIRECTION, STEPS, CONSTANT_C)
-            resets = load_resets(seq_idx, t0, length, first, DIRECTION, STEPS)
+            us = load_rows(u, u_l, d, in_d, t0, length, first, toward, STEPS)
+            deltas = load_rows(delta, delta_l, d, in_d, t0, length, first, toward, STEPS)
+            zs = load_rows(z, z_l, d, in_d, t0, length, first, toward, STEPS)
+            gs = load_rows(dout, dout_l, d, in_d, t0, length, first, toward, STEPS)
+            Bs = load_vectors(B, B_l, n, in_n, t0, length, first, toward, STEPS, CONSTANT_B)
+            Cs = load_vectors(C, C_l, n, in_n, t0, length, first, toward, STEPS, CONSTANT_C)
+            resets = load_resets(seq_idx, t0, length, first, toward, STEPS)
             states = (h,)
             decays = ()
             for i in tl.static_range(STEPS):
                 _, step = step_size(deltas[i], offset, t0 + i < length, SOFTPLUS)
                 a = tl.exp2((step * LOG2E)[None, :] * A_tile)
                 if seq_idx is not None:
-                    a = tl.where(resets[i], 0.0, a)
+                    h = tl.where(resets[i], 0.0, h)
                 if not CONSTANT_B:
                     B_tile = Bs[i].to(tl.float32)[:, None]
                 h = a * h + (step * us[i].to(tl.float32))[None, :] * B_tile
@@ -165,7 +168,7 @@ def scan_backward_kernel(
             for i in tl.static_range(STEPS - 1, -1, -1):
                 valid = t0 + i < length
                 here = in_d & valid
-                position = first + DIRECTION * (t0 + i)
+                position = first + toward * (t0 + i)
                 x = us[i].to(tl.float32)
                 g = gs[i].to(tl.float32)
                 raw, step = step_size(deltas[i], offset, valid, SOFTPLUS)
@@ -186,6 +189,8 @@ def scan_backward_kernel(
                 sB = tl.sum(s * B_tile, axis=0)
                 # s_t times the decayed state, what both delta and A multiply.
                 through = s * decays[i] * states[i]
+                if seq_idx is not None:
+                    through = tl.where(resets[i], 0.0, through)
                 dA_tile += step[None, :] * through
                 dstep = x * sB + tl.sum(through * A_tile, axis=0)
                 if SOFTPLUS:
@@ -206,6 +211,8 @@ def scan_backward_kernel(
                 else:
                     tl.store(dC + position * N + n, tl.sum(dC_here, axis=1), mask=in_n & valid)
                 s *= decays[i]
+                if seq_idx is not None:
+                    s = tl.where(resets[i], 0.0, s)
 
     store_tile(dA + tile, 1, channels, d, n, in_tile, dA_tile)
     if CONSTANT_B:
@@ -235,20 +242,22 @@ def scan_backward(
     seq_idx: Tensor | None,
     checkpoints: Tensor,
     delta_softplus: bool,
-    reverse: bool,
+    direction: int,
+    recompute_out: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Launch the backward scan and add up its partial sums, in a fixed order: equal inputs give equal bits.
 
     Returns:
         The gradients of u, delta, A, B, C, D, z, delta_bias, initial_state, each with the shape and dtype of its
-        argument, None where that is None.
+        argument, None where that is None; with ``recompute_out`` also ``out``, from a second forward.
     """
+    again = (u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus, direction)
     batch, length, channels = u.shape
     d_state = A.shape[1]
     dtypes = u.dtype, delta.dtype, None if z is None else z.dtype
     dout, u, delta, z = unit_stride(dout), unit_stride(u), unit_stride(delta), unit_stride(z)
     B, C, D, delta_bias, seq_idx = (unit_stride(tensor) for tensor in (B, C, D, delta_bias, seq_idx))
-    cut = geometry(channels, d_state, B, C, states_per_thread=16, max_warps=8)
+    cut = geometry(channels, d_state, B, C, direction, states_per_thread=16, max_warps=8)
     chunk = chunk_length(length)
     # Steps whose states and decays stay in registers together: 4 fill 255 registers at 8 states a thread, 2 at 16.
     steps = 4 if cut.BN <= 8 else 2
@@ -274,7 +283,7 @@ def scan_backward(
             *row_strides(u), *row_strides(delta), *row_strides(z), *row_strides(dout), row_strides(seq_idx)[0],
             *vector_strides(B), *vector_strides(C),
             N=d_state, BN=cut.BN, BD=cut.BD, STEPS=steps,
-            SOFTPLUS=delta_softplus, REVERSE=reverse, CONSTANT_B=B.dim() == 2, CONSTANT_C=C.dim() == 2,
+            SOFTPLUS=delta_softplus, DIRECTION=direction, CONSTANT_B=B.dim() == 2, CONSTANT_C=C.dim() == 2,
             num_warps=cut.num_warps, num_stages=1,
         )  # fmt: skip
     return (
@@ -287,6 +296,7 @@ def scan_backward(
         dz,
         None if delta_bias is None else dbias.sum(0).to(delta_bias.dtype),
         None if initial_state is None else states_last(dinitial, initial_state),
+        *((scan_forward(*again)[0],) if recompute_out else ()),
     )
 
 

@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambakit.kernels.scan.reference import HALF
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -52,42 +54,40 @@ def step_size(raw, bias, valid, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def load_rows(pointer, stride, d, in_d, t0, length, first, DIRECTION: tl.constexpr, STEPS: tl.constexpr):
+def load_rows(pointer, stride, d, in_d, t0, length, first, toward, STEPS: tl.constexpr):
     """(BD,) values of each of STEPS scan steps from t0, in the tensor's own dtype; () for an absent tensor.
 
-    Scan step t lies at position ``first + DIRECTION * t`` of the sequence.
+    Scan step t lies at position ``first + toward * t`` of the sequence.
     """
     rows = ()
     if pointer is not None:
         for i in tl.static_range(STEPS):
-            row = pointer + (first + DIRECTION * (t0 + i)) * stride + d
+            row = pointer + (first + toward * (t0 + i)) * stride + d
             rows += (tl.load(row, mask=in_d & (t0 + i < length), other=0.0),)
     return rows
 
 
 @triton.jit
-def load_vectors(
-    pointer, stride, n, in_n, t0, length, first, DIRECTION: tl.constexpr, STEPS: tl.constexpr, CONSTANT: tl.constexpr
-):
+def load_vectors(pointer, stride, n, in_n, t0, length, first, toward, STEPS: tl.constexpr, CONSTANT: tl.constexpr):
     """(BN,) values of B or C, one for every channel of the tile, at STEPS scan steps; () for a constant B or C."""
     vectors = ()
     if not CONSTANT:
         for i in tl.static_range(STEPS):
-            vector = pointer + (first + DIRECTION * (t0 + i)) * stride + n
+            vector = pointer + (first + toward * (t0 + i)) * stride + n
             vectors += (tl.load(vector, mask=in_n & (t0 + i < length), other=0.0),)
     return vectors
 
 
 @triton.jit
-def load_resets(seq_idx, t0, length, first, DIRECTION: tl.constexpr, STEPS: tl.constexpr):
+def load_resets(seq_idx, t0, length, first, toward, STEPS: tl.constexpr):
     """Whether another sequence begins at each scan step (never at the first: there the initial state enters)."""
     resets = ()
     if seq_idx is not None:
         for i in tl.static_range(STEPS):
-            here = seq_idx + first + DIRECTION * (t0 + i)
+            here = seq_idx + first + toward * (t0 + i)
             inside = (t0 + i > 0) & (t0 + i < length)
             value = tl.load(here, mask=inside, other=0)
-            resets += (value != tl.load(here - DIRECTION, mask=inside, other=0),)
+            resets += (value != tl.load(here - toward, mask=inside, other=0),)
     return resets
 
 
@@ -118,13 +118,15 @@ class Geometry(NamedTuple):
         return self.groups * self.blocks_per_group
 
 
-def geometry(channels: int, d_state: int, B: Tensor, C: Tensor, states_per_thread: int, max_warps: int) -> Geometry:
+def geometry(
+    channels: int, d_state: int, B: Tensor, C: Tensor, direction: int, states_per_thread: int, max_warps: int
+) -> Geometry:
     """Tiles of 32 channels, ``states_per_thread`` states of each in a thread, while ``max_warps`` warps can hold that.
 
-    Larger states take more warps first, then fewer channels.
+    Larger states take more warps first, then fewer channels. All channels of a tile run in one direction.
     """
     B_groups, C_groups = group_count(B), group_count(C)
-    groups = math.lcm(B_groups, C_groups)
+    groups = math.lcm(B_groups, C_groups, 2 if direction == HALF else 1)
     BN = triton.next_power_of_2(d_state)
     num_warps = min(max_warps, max(1, BN // states_per_thread))
     BD = min(32, 32 * num_warps * states_per_thread // BN)
@@ -148,10 +150,10 @@ def chunk_length(length: int) -> int:
     return chunk
 
 
-def checkpoint_shape(batch: int, length: int, channels: int, d_state: int) -> tuple[int, int, int, int]:
-    """Shape of the float32 states kept for the backward: (B, chunks, N, D), each the state before its chunk."""
+def checkpoint_shape(batch: int, length: int, channels: int, d_state: int) -> tuple[int, int, int]:
+    """Shape of the float32 states kept for the backward: (B, chunks, N D), each the state (N, D) before its chunk."""
     chunk = chunk_length(length)
-    return batch, (length + chunk - 1) // chunk, d_state, channels
+    return batch, (length + chunk - 1) // chunk, d_state * channels
 
 
 def unit_stride(tensor: Tensor | None) -> Any:

@@ -1,7 +1,7 @@
 """The forward scan: h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t,  y_t = C_t h_t + D u_t,  out = y silu(z)."""
 
 # Inside a kernel tuples grow step by step, which mypy takes for an assignment of another type.
-# mypy: disable-error-code="assignment, misc, var-annotated"
+# mypy: disable-error-code="assignment, misc, no-redef, var-annotated"
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ STEPS = 2
 
 @triton.jit
 def load_inputs(
-    u, delta, z, B, C, seq_idx, u_l, delta_l, z_l, B_l, C_l, d, in_d, n, in_n, t0, length, first,
-    DIRECTION: tl.constexpr, STEPS: tl.constexpr, CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr,
+    u, delta, z, B, C, seq_idx, u_l, delta_l, z_l, B_l, C_l, d, in_d, n, in_n, t0, length, first, toward,
+    STEPS: tl.constexpr, CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr,
 ):  # fmt: skip
     """Everything STEPS scan steps from t0 read, each a tuple of STEPS values or ()."""
     return (
-        load_rows(u, u_l, d, in_d, t0, length, first, DIRECTION, STEPS),
-        load_rows(delta, delta_l, d, in_d, t0, length, first, DIRECTION, STEPS),
-        load_rows(z, z_l, d, in_d, t0, length, first, DIRECTION, STEPS),
-        load_vectors(B, B_l, n, in_n, t0, length, first, DIRECTION, STEPS, CONSTANT_B),
-        load_vectors(C, C_l, n, in_n, t0, length, first, DIRECTION, STEPS, CONSTANT_C),
-        load_resets(seq_idx, t0, length, first, DIRECTION, STEPS),
+        load_rows(u, u_l, d, in_d, t0, length, first, toward, STEPS),
+        load_rows(delta, delta_l, d, in_d, t0, length, first, toward, STEPS),
+        load_rows(z, z_l, d, in_d, t0, length, first, toward, STEPS),
+        load_vectors(B, B_l, n, in_n, t0, length, first, toward, STEPS, CONSTANT_B),
+        load_vectors(C, C_l, n, in_n, t0, length, first, toward, STEPS, CONSTANT_C),
+        load_resets(seq_idx, t0, length, first, toward, STEPS),
     )
 
 
@@ -59,12 +59,16 @@ def scan_forward_kernel(
     u_b, u_l, delta_b, delta_l, z_b, z_l, out_b, out_l, seq_b,
     B_b, B_l, B_g, C_b, C_l, C_g,
     N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, STEPS: tl.constexpr,
-    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr,
+    SOFTPLUS: tl.constexpr, DIRECTION: tl.constexpr, CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr,
 ):  # fmt: skip
     """One tile of channels of one batch row, the whole sequence. Grid (batch * blocks,)."""
-    DIRECTION: tl.constexpr = -1 if REVERSE else 1
     b = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
+    # Scan step t lies at position first + toward * t. Of two halves of the channels the second runs backwards.
+    if DIRECTION == 2:
+        toward = 1 - 2 * (2 * block >= blocks).to(tl.int32)
+    else:
+        toward: tl.constexpr = 1 - 2 * DIRECTION
     group = block // blocks_per_group
     local = (block % blocks_per_group) * BD + tl.arange(0, BD)
     d = group * group_channels + local
@@ -99,21 +103,19 @@ def scan_forward_kernel(
     if initial is not None:
         h = load_tile(initial + b * N * channels, 1, channels, d, n, in_tile)
 
-    first = tl.zeros([], tl.int64)
-    if REVERSE:
-        first += length - 1
+    first = ((1 - toward) // 2 * (length - 1)).to(tl.int64)
     chunks = tl.cdiv(length, chunk)
     checkpoints += b * chunks * N * channels
     ahead = load_inputs(
         u, delta, z, B, C, seq_idx, u_l, delta_l, z_l, B_l, C_l, d, in_d, n, in_n, 0, length, first,
-        DIRECTION, STEPS, CONSTANT_B, CONSTANT_C,
+        toward, STEPS, CONSTANT_B, CONSTANT_C,
     )  # fmt: skip
     for t0 in tl.range(0, length, STEPS):
         us, deltas, zs, Bs, Cs, resets = ahead
         # The next steps' loads start before this block's arithmetic and stores, which hide them.
         ahead = load_inputs(
             u, delta, z, B, C, seq_idx, u_l, delta_l, z_l, B_l, C_l, d, in_d, n, in_n, t0 + STEPS, length, first,
-            DIRECTION, STEPS, CONSTANT_B, CONSTANT_C,
+            toward, STEPS, CONSTANT_B, CONSTANT_C,
         )  # fmt: skip
         if t0 % chunk == 0:
             store_tile(checkpoints + (t0 // chunk).to(tl.int64) * N * channels, 1, channels, d, n, in_tile, h)
@@ -122,7 +124,7 @@ def scan_forward_kernel(
             _, step = step_size(deltas[i], offset, t0 + i < length, SOFTPLUS)
             a = tl.exp2(step[None, :] * A2)
             if seq_idx is not None:
-                a = tl.where(resets[i], 0.0, a)
+                h = tl.where(resets[i], 0.0, h)  # whatever it holds: 0 times infinity would be NaN
             if not CONSTANT_B:
                 B_tile = Bs[i].to(tl.float32)[:, None]
             if not CONSTANT_C:
@@ -135,7 +137,7 @@ def scan_forward_kernel(
             if z is not None:
                 gate = zs[i].to(tl.float32)
                 y *= gate * sigmoid(gate)
-            row = out + (first + DIRECTION * (t0 + i)) * out_l + d
+            row = out + (first + toward * (t0 + i)) * out_l + d
             tl.store(row, y.to(out.dtype.element_ty), mask=in_d & (t0 + i < length))
     store_tile(final + b * channels * N, N, 1, d, n, in_tile, h)
 
@@ -152,7 +154,7 @@ def scan_forward(
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
     delta_softplus: bool,
-    reverse: bool,
+    direction: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the forward scan. Shapes as in :func:`mambakit.kernels.selective_scan`; A is real.
 
@@ -164,7 +166,7 @@ def scan_forward(
     D, delta_bias, seq_idx = unit_stride(D), unit_stride(delta_bias), unit_stride(seq_idx)
     batch, length, channels = u.shape
     d_state = A.shape[1]
-    cut = geometry(channels, d_state, B, C, states_per_thread=32, max_warps=1)
+    cut = geometry(channels, d_state, B, C, direction, states_per_thread=32, max_warps=1)
     # 168 registers, which a half-precision call fits without spilling, let 12 programs share a multiprocessor, not 8.
     half = B.element_size() == C.element_size() == 2
     maxnreg = 168 if half and cut.BN <= 16 else None
@@ -180,7 +182,7 @@ def scan_forward(
             *row_strides(u), *row_strides(delta), *row_strides(z), *row_strides(out), row_strides(seq_idx)[0],
             *vector_strides(B), *vector_strides(C),
             N=d_state, BN=cut.BN, BD=cut.BD, STEPS=STEPS,
-            SOFTPLUS=delta_softplus, REVERSE=reverse, CONSTANT_B=B.dim() == 2, CONSTANT_C=C.dim() == 2,
+            SOFTPLUS=delta_softplus, DIRECTION=direction, CONSTANT_B=B.dim() == 2, CONSTANT_C=C.dim() == 2,
             num_warps=cut.num_warps, num_stages=1, maxnreg=maxnreg,
         )  # fmt: skip
     return out, final, checkpoints

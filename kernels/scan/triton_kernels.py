@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from mambakit.kernels.scan.reference import HALF, REVERSE
 from mambakit.kernels.scan.triton_backward import scan_backward, scan_backward_kernel
 from mambakit.kernels.scan.triton_common import checkpoint_shape
 from mambakit.kernels.scan.triton_forward import scan_forward, scan_forward_kernel
@@ -34,9 +35,12 @@ def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], in
         "initial": None,
     }
     plain |= {"seq_idx": None, "dz": None, "dD": None, "dbias": None, "dfinal": None, "dinitial": None}
-    for options, dtype, BN, warps in ((everything, "bf16", 16, (1, 1)), (plain, "fp32", 64, (1, 4))):
+    for options, dtype, BN, warps, direction in (
+        (everything, "bf16", 16, (1, 1), HALF),
+        (plain, "fp32", 64, (1, 4), REVERSE),
+    ):
         for kernel, BD, num_warps in zip((scan_forward_kernel, scan_backward_kernel), (32, 32), warps, strict=True):
-            constants = {"N": BN, "BN": BN, "BD": BD, "STEPS": 2, "SOFTPLUS": True, "REVERSE": False}
+            constants = {"N": BN, "BN": BN, "BD": BD, "STEPS": 2, "SOFTPLUS": True, "DIRECTION": direction}
             yield kernel, *_typed(kernel, dtype, constants | options), num_warps
     for options, dtype in (({}, "bf16"), ({"D": None, "z": None, "dt_bias": None, "indices": None}, "fp32")):
         constants = {"N": 16, "BN": 16, "BD": 64, "SOFTPLUS": True}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mambakit.kernels.scan import selective_scan, triton_kernels
-from mambakit.kernels.scan.reference import scan_reference
+from mambakit.kernels.scan.reference import FORWARD, HALF, REVERSE, scan_reference
 from mambakit.kernels.testing import assert_close, poisoned_memory, random_tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,7 +32,7 @@ def scan_inputs(
     dtype: torch.dtype = torch.float32,
     packed: bool = False,
     delta_softplus: bool = True,
-    reverse: bool = False,
+    direction: int = FORWARD,
 ) -> dict[str, Any]:
     """Arguments of ``scan_forward`` from fixed seeds. B and C: "per step", "constant", or a number of groups."""
     seeds = iter(range(100))
@@ -62,7 +62,7 @@ def scan_inputs(
     seq_idx = None
     if packed:
         seq_idx = (random(batch, length) < -0.7).cumsum(1).to(torch.int32)
-    return given | {"seq_idx": seq_idx, "delta_softplus": delta_softplus, "reverse": reverse}
+    return given | {"seq_idx": seq_idx, "delta_softplus": delta_softplus, "direction": direction}
 
 
 def definition(given: dict[str, Any], dout: Tensor, dfinal: Tensor | None) -> dict[str, Tensor]:
@@ -112,10 +112,10 @@ def test_every_shape(shape: tuple[int, int, int, int]) -> None:
     compare(scan_inputs(batch, length, channels, d_state))
 
 
-@pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "backwards"])
+@pytest.mark.parametrize("direction", [FORWARD, REVERSE, HALF], ids=["forwards", "backwards", "half"])
 @pytest.mark.parametrize("packed", [False, True], ids=["one sequence", "packed"])
-def test_direction_and_packing(reverse: bool, packed: bool) -> None:
-    given = scan_inputs(length=19, packed=packed, reverse=reverse)
+def test_direction_and_packing(direction: int, packed: bool) -> None:
+    given = scan_inputs(length=19, packed=packed, direction=direction)
     assert not packed or given["seq_idx"].max() > 1
     compare(given)
 
@@ -125,6 +125,12 @@ def test_direction_and_packing(reverse: bool, packed: bool) -> None:
 )
 def test_every_form_of_B_and_C(B: int | str, C: int | str) -> None:
     compare(scan_inputs(length=3, channels=6, B=B, C=C))
+
+
+@pytest.mark.parametrize(("B", "C"), [("constant", "per step"), (2, "constant"), (2, 4), (1, 2)], ids=str)
+def test_every_form_of_B_and_C_in_both_directions(B: int | str, C: int | str) -> None:
+    """A group that serves both halves is cut in two, so that a tile's channels all run one way."""
+    compare(scan_inputs(length=3, channels=4, B=B, C=C, direction=HALF))
 
 
 @pytest.mark.parametrize("optional", [(), *((name,) for name in EVERYTHING)], ids=str)
@@ -194,8 +200,8 @@ def test_small_steps_keep_their_digits() -> None:
 
 def test_chunks_grow_with_the_square_root_of_the_length() -> None:
     shapes = [triton_kernels.checkpoint_shape(2, length, 5, 3) for length in (1, 16, 17, 64, 65, 1 << 20)]
-    assert [shape[1] for shape in shapes] == [1, 1, 2, 4, 3, 8192]
-    assert {(batch, d_state, channels) for batch, _, d_state, channels in shapes} == {(2, 3, 5)}
+    assert [chunks for _, chunks, _ in shapes] == [1, 1, 2, 4, 3, 8192]
+    assert {(batch, states) for batch, _, states in shapes} == {(2, 15)}
 
 
 def test_through_the_operator() -> None:

@@ -13,6 +13,7 @@ from mambakit.kernels.dispatch import TRITON_INSTALLED
 from mambakit.kernels.scan import lanes as lanes_module
 from mambakit.kernels.scan import selective_scan
 from mambakit.kernels.scan.op import _not_in_triton, _scan, _scan_backward
+from mambakit.kernels.scan.reference import FORWARD, HALF
 from mambakit.kernels.testing import assert_close, poisoned_memory, random_tensor
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
@@ -30,7 +31,7 @@ def arguments(
     complex_A: bool = False,
     optional: bool = True,
     packed: bool = False,
-    reverse: bool = False,
+    reverse: bool | str = False,
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
 ) -> dict:
@@ -101,7 +102,7 @@ def many_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
     complex_A=st.booleans(),
     optional=st.booleans(),
     packed=st.booleans(),
-    reverse=st.booleans(),
+    reverse=st.sampled_from([False, True, "half"]),
     lanes=st.integers(1, 4),
     row_groups=st.booleans(),
 )
@@ -169,13 +170,14 @@ def test_the_definition_has_second_derivatives() -> None:
 @pytest.mark.parametrize("optional", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
 def test_operators_pass_opcheck(device: str, optional: bool, complex_A: bool) -> None:
+    direction = HALF if optional else FORWARD
     given = arguments(
         1, 4, 2, 2, optional=optional, packed=optional, complex_A=complex_A, dtype=torch.float32, device=device
     )
     tensors = [given.get(name) for name in DIFFERENTIABLE]
-    options = (given.get("seq_idx"), True, False, "torch")
+    options = (given.get("seq_idx"), True, direction, "torch")
     out, _, checkpoints = _scan(*tensors, *options)
-    backward = (out, given.get("initial_state"), *tensors, given.get("seq_idx"), checkpoints, True, False, "torch")
+    backward = (out, given.get("initial_state"), *tensors, given.get("seq_idx"), checkpoints, True, direction, "torch")
     torch.library.opcheck(_scan_backward, backward)
     for tensor in tensors:
         if tensor is not None:
@@ -403,7 +405,7 @@ def test_the_operator_serves_by_triton(optional: bool, device: str) -> None:
     assert_same(results(given, "triton"), results(given, "reference"))
     tensors = [given.get(name) for name in DIFFERENTIABLE]
     shapes = torch.library.opcheck(
-        _scan, (*tensors, given.get("seq_idx"), True, False, "triton"), test_utils="test_faketensor"
+        _scan, (*tensors, given.get("seq_idx"), True, 0, "triton"), test_utils="test_faketensor"
     )
     assert shapes == {"test_faketensor": "SUCCESS"}
 
