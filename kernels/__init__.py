@@ -10,8 +10,10 @@ from mambakit.kernels.dispatch import use_backend
 from mambakit.kernels.loss import linear_cross_entropy
 from mambakit.kernels.norm import gated_rms_norm, layer_norm, rms_norm
 from mambakit.kernels.scan import selective_scan, selective_state_update
+from mambakit.kernels.tuning import autotune
 
 __all__ = [
+    "autotune",
     "causal_conv1d",
     "causal_conv1d_update",
     "gated_rms_norm",

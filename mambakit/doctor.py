@@ -13,7 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from mambakit import kernels
-from mambakit.kernels.dispatch import choose
+from mambakit.kernels import tuning
+from mambakit.kernels.dispatch import INTERPRETED, choose, machine_obstacle
 
 PACKAGES = (
     "mambakit",
@@ -29,14 +30,21 @@ PACKAGES = (
     "datasets",
     "tensorboard",
 )
+SETTINGS = {"autotune", "use_backend"}  # what mambakit.kernels exports beside its operators
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TIMING = {"B": 2, "L": 1024, "D": 256, "N": 16}
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Print versions, devices, the backend of each operator on each device and why, and a short timing."""
+    """Print versions, devices, whether Triton works, each operator's backend and why, and a short timing."""
     parser = argparse.ArgumentParser(prog="mambakit doctor", description=run.__doc__)
     parser.parse_args(arguments)
-    for title, lines in (("versions", versions()), ("devices", devices()), ("backends", backends())):
+    for title, lines in (
+        ("versions", versions()),
+        ("devices", devices()),
+        ("triton", triton_state()),
+        ("backends", backends()),
+    ):
         print(f"{title}\n" + "\n".join(f"  {line}" for line in lines), flush=True)
     sizes = ", ".join(f"{name} {size}" for name, size in TIMING.items())
     print(f"selective_scan, forward and backward ({sizes}, float32)")
@@ -75,7 +83,32 @@ def devices() -> list[str]:
 
 def operators() -> list[str]:
     """Names of the public operators: the functions that ``mambakit.kernels`` exports, less its settings."""
-    return sorted(name for name in kernels.__all__ if name != "use_backend" and callable(getattr(kernels, name)))
+    return sorted(name for name in kernels.__all__ if name not in SETTINGS and callable(getattr(kernels, name)))
+
+
+def triton_state() -> list[str]:
+    """For each GPU whether a test kernel of each dtype compiled and ran there, and what autotune() has kept for it."""
+    if INTERPRETED:
+        return ["TRITON_INTERPRET is set: kernels run in Triton's interpreter, on the CPU and slowly, when asked for"]
+    lines = []
+    for device in map(torch.device, device_names()[1:]):
+        obstacles = {str(dtype).removeprefix("torch."): machine_obstacle(device, dtype) for dtype in DTYPES}
+        fine = [name for name, obstacle in obstacles.items() if obstacle is None]
+        if fine:
+            lines.append(f"{device}: a test kernel ran in {', '.join(fine)}")
+        lines += [f"{device}: no kernels: {obstacle}" for obstacle in dict.fromkeys(obstacles.values()) if obstacle]
+        if fine:
+            lines.append(f"{device}: {tuned(device)}")
+    return lines or ["kernels need a CUDA device; here every operator is served by vectorised PyTorch"]
+
+
+def tuned(device: torch.device) -> str:
+    """How many configurations ``autotune()`` has kept for this GPU, this Triton and these kernels."""
+    file = tuning.cache_file(device.index)
+    count = len(tuning.load(file))
+    return (
+        f"autotune() has kept {count} configurations in {file}" if count else "each kernel's rule decides, none tuned"
+    )
 
 
 def backends() -> list[str]:

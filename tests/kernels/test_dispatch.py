@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mambakit.kernels import dispatch, probe, rms_norm
+from mambakit import doctor
+from mambakit.kernels import dispatch, probe, rms_norm, tuning
 from mambakit.kernels.dispatch import choose
 
 
@@ -157,3 +158,15 @@ def test_an_operator_falls_back_and_is_right(monkeypatch):
         assert rms_norm(x, weight).shape == (2, 3)
     with pytest.raises(ValueError, match="rms_norm: backend='triton' cannot serve"):
         rms_norm(torch.ones(2, 3), torch.ones(3), backend="triton")
+
+
+def test_doctor_tells_of_the_probe(asked, monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "INTERPRETED", False)
+    monkeypatch.setattr(doctor, "device_names", lambda: ["cpu", "cuda:0", "cuda:1"])
+    monkeypatch.setattr(tuning, "cache_file", lambda device: tmp_path / "gpu.json")
+    lines = doctor.triton_state()
+    assert lines[0] == "cuda:0: a test kernel ran in float32, bfloat16, float16"
+    assert lines[1] == "cuda:0: each kernel's rule decides, none tuned"
+    assert lines[2].startswith("cuda:1: no kernels: Triton cannot run a float32 kernel on cuda:1 (RuntimeError: no C")
+    (tmp_path / "gpu.json").write_text('{"[]": [1]}')
+    assert "has kept 1 configurations" in doctor.triton_state()[1]
