@@ -97,7 +97,7 @@ def machine_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 def probe(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why Triton does not work on a CUDA device with tensors of ``dtype``, or None; found out once, at the first call.
 
-    A test kernel is compiled and run (``mambakit.kernels.probe``), so that no launch needs to be guarded. float64
+    A test kernel is compiled and run (``mambakit.kernels.triton_probe``), so that no launch needs to be guarded. float64
     is asked about as float32: no kernel computes in it, and each says so itself.
     """
     if dtype == torch.float64 or dtype.is_complex:
@@ -106,7 +106,7 @@ def probe(device: torch.device, dtype: torch.dtype) -> str | None:
     if key not in _probed:
         if not _may_launch():
             return None
-        from mambakit.kernels.probe import failure
+        from mambakit.kernels.triton_probe import failure
 
         why = failure(device, dtype)
         name = str(dtype).removeprefix("torch.")

@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mambakit import doctor
-from mambakit.kernels import dispatch, probe, rms_norm, tuning
+from mambakit.kernels import dispatch, rms_norm, triton_probe, tuning
 from mambakit.kernels.dispatch import choose
 
 
@@ -40,7 +40,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.device, torch.dty
         calls.append((device, dtype))
         return "RuntimeError: no C compiler" if device.index == 1 else None
 
-    monkeypatch.setattr(probe, "_failure", failure)  # beneath the thread, which torch.compile cannot trace
+    monkeypatch.setattr(triton_probe, "_failure", failure)  # beneath the thread, which torch.compile cannot trace
     return calls
 
 
@@ -137,16 +137,16 @@ def test_the_choice_stays_in_one_graph_and_warns_while_compiling(asked, index):
 
 def test_a_device_that_fails_the_probe_is_told_of_in_one_line():
     if torch.cuda.is_available():
-        assert probe.failure(torch.device("cuda", 0), torch.float32) is None
-    absent = probe.failure(torch.device("cuda", torch.cuda.device_count()), torch.float32)
+        assert triton_probe.failure(torch.device("cuda", 0), torch.float32) is None
+    absent = triton_probe.failure(torch.device("cuda", torch.cuda.device_count()), torch.float32)
     assert absent is not None and "\n" not in absent and "Error" in absent
 
 
 def test_the_probe_sees_no_mode_of_its_caller(monkeypatch):
     seen = []
-    monkeypatch.setattr(probe, "_failure", lambda *_: seen.append(type(torch.empty(1))))
+    monkeypatch.setattr(triton_probe, "_failure", lambda *_: seen.append(type(torch.empty(1))))
     with FakeTensorMode():
-        assert probe.failure(torch.device("cuda", 0), torch.float32) is None
+        assert triton_probe.failure(torch.device("cuda", 0), torch.float32) is None
     assert seen == [torch.Tensor]
 
 
