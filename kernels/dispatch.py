@@ -97,8 +97,8 @@ def machine_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 def probe(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why Triton does not work on a CUDA device with tensors of ``dtype``, or None; found out once, at the first call.
 
-    A test kernel is compiled and run (``mambakit.kernels.triton_probe``), so that no launch needs to be guarded. float64
-    is asked about as float32: no kernel computes in it, and each says so itself.
+    A test kernel is compiled and run (``mambakit.kernels.triton_probe``), so that no launch needs to be guarded.
+    float64 is asked about as float32: no kernel computes in it, and each says so itself.
     """
     if dtype == torch.float64 or dtype.is_complex:
         dtype = torch.float32
