@@ -120,6 +120,27 @@ def test_direction_and_packing(direction: int, packed: bool) -> None:
     compare(given)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # NaN is what this test is about
+@pytest.mark.parametrize("direction", [FORWARD, REVERSE, HALF], ids=["forwards", "backwards", "half"])
+def test_a_reset_clears_any_state(direction: int) -> None:
+    """NaN and infinity stay in their own sequence, in the forward and in the backward: no 0 * inf at its ends."""
+    given = scan_inputs(length=24, direction=direction)
+    given["seq_idx"] = torch.zeros(1, 24, dtype=torch.int32, device=DEVICE)
+    given["seq_idx"][:, 7:18] = 1
+    dout = random_tensor(1, 24, 4, seed=200, device=DEVICE)
+    want = kernels(given, dout, None)
+    given["u"] = given["u"].clone()
+    given["u"][:, 11:13] = torch.inf
+    dout[:, 12] = torch.nan
+    got = kernels(given, dout, None)
+    assert not torch.isfinite(got["out"]).all() and not torch.isfinite(got["u"]).all()
+    healthy = [*range(7), *range(18, 24)]
+    for name in ("out", "u", "delta", "B", "C", "z"):
+        assert torch.equal(got[name][:, healthy], want[name][:, healthy]), name
+    for name in ("final_state", "initial_state"):
+        assert torch.equal(got[name], want[name]), name
+
+
 @pytest.mark.parametrize(
     ("B", "C"), [("constant", "constant"), ("constant", "per step"), (2, "constant"), (2, 2), (2, 3)], ids=str
 )

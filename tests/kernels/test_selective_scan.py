@@ -46,6 +46,7 @@ def arguments(
         shapes = {
             "per step": (batch, length, d_state),
             "2 groups": (batch, length, 2, d_state),
+            "4 groups": (batch, length, 4, d_state),
             "constant": (channels, d_state),
         }
         return random(*shapes[form], dtype=number)
@@ -261,6 +262,59 @@ def test_packing_law(reverse: bool, lanes: bool, request: pytest.FixtureRequest)
     assert_same(packed, {"out": out, "final_state": final_state} | dict(zip(leaves, gradients, strict=True)))
 
 
+@pytest.mark.parametrize("lanes", [False, True])
+@pytest.mark.parametrize("reverse", [False, True, "half"])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_reset_clears_any_state(
+    backend: str, reverse: bool | str, lanes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN and infinity stay in their own sequence, in the forward and in the backward: no 0 * inf at its ends."""
+    monkeypatch.setattr(lanes_module, "SMALL_STEP", 10**9 if lanes else 0)
+    given = arguments(1, 60, reverse=reverse)
+    given["seq_idx"] = torch.zeros(1, 60, dtype=torch.int32)
+    given["seq_idx"][:, 16:45] = 1
+    spoiled = dict(given, u=given["u"].clone())
+    spoiled["u"][:, 20:40] = torch.inf
+    found = []
+    for options, weight in ((given, 1.0), (spoiled, torch.nan)):
+        leaves = {name: options[name].clone().requires_grad_() for name in ("u", "delta", "B", "C", "z")}
+        leaves["initial_state"] = options["initial_state"].clone().requires_grad_()
+        out, final_state = selective_scan(**options | leaves, backend=backend)
+        dout = torch.ones_like(out)
+        dout[:, 30:33] = weight
+        gradients = torch.autograd.grad((out, final_state), list(leaves.values()), (dout, torch.ones_like(final_state)))
+        found.append({"out": out, "final_state": final_state} | dict(zip(leaves, gradients, strict=True)))
+    assert not torch.isfinite(found[1]["out"]).all()
+    healthy = [*range(16), *range(45, 60)]
+    for name, want in found[0].items():
+        keep = slice(None) if name.endswith("state") else healthy
+        assert_close(name, found[1][name][:, keep], want[:, keep])
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("form", ["per step", "4 groups", "constant"])
+def test_half_law(backend: str, form: str) -> None:
+    """Each half of the channels is a call of its own in its own direction: outputs, and all gradients."""
+    given = arguments(channels=8, B=form, C="per step", packed=True, reverse="half")
+    whole = results(given, backend)
+    leaves = {name: given[name].clone().requires_grad_() for name in DIFFERENTIABLE}
+    outputs = []
+    for half, reverse in ((slice(0, 4), False), (slice(4, 8), True)):
+        part = {name: leaves[name][..., half] for name in ("u", "delta", "z", "D", "delta_bias")}
+        part |= {"A": leaves["A"][half], "C": leaves["C"], "initial_state": leaves["initial_state"][:, half]}
+        B = leaves["B"]
+        if form == "constant":
+            B = B[half]
+        elif form == "4 groups":
+            B = B[:, :, half.start // 2 : half.stop // 2]
+        outputs.append(selective_scan(**given | part | {"B": B, "reverse": reverse}, backend="reference"))
+    out = torch.cat([out for out, _ in outputs], dim=2)
+    final_state = torch.cat([state for _, state in outputs], dim=1)
+    weights = [random_tensor(*y.shape, seed=50 + i, dtype=y.dtype) for i, y in enumerate((out, final_state))]
+    gradients = torch.autograd.grad((out, final_state), list(leaves.values()), weights)
+    assert_same(whole, {"out": out, "final_state": final_state} | dict(zip(leaves, gradients, strict=True)))
+
+
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_reverse_law(backend: str) -> None:
     given = arguments(packed=True, reverse=True)
@@ -389,6 +443,9 @@ def test_saved_memory_is_inputs_and_one_state_a_chunk() -> None:
         ({"initial_state": torch.zeros(2, 3, 6)}, ValueError, r"initial_state has shape \(2, 3, 6\)"),
         ({"seq_idx": torch.zeros(2, 20, dtype=torch.int32)}, ValueError, "seq_idx has shape"),
         ({"seq_idx": torch.zeros(2, 21)}, TypeError, "seq_idx has dtype float32, expected one of int32, int64"),
+        ({"reverse": "both"}, ValueError, "reverse is 'both', expected False, True or \"half\""),
+        (arguments(channels=5, reverse="half"), ValueError, "u has 5 channels, expected an even number of them"),
+        ({"C": torch.zeros(2, 21, 3, 3), "reverse": "half"}, ValueError, "C has 3 groups, expected one or an even"),
         ({"backend": "cuda"}, ValueError, "backend='cuda' is unknown"),
     ],
 )
