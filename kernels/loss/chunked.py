@@ -6,17 +6,28 @@ Letters: N rows (tokens), D channels, V vocabulary. At most a chunk of the (N, V
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 # The gradient of the weight is read and written once a chunk, so a chunk has rows enough to make that cheap; with a
-# small vocabulary it has as many as the cache (on a GPU: a tenth of a gigabyte) holds.
+# small vocabulary it has as many as the cache holds. On a GPU a chunk's product with the weight should also fill the
+# device: half a gigabyte of logits.
 CPU_ROWS, CPU_ELEMENTS = 256, 2**18
-GPU_ROWS, GPU_ELEMENTS = 1024, 2**26
+GPU_ROWS, GPU_ELEMENTS = 1024, 2**28
 
-# (logits, labels, ignore_index, label_smoothing, softcap, row_scale, gradients) -> losses, dlogits; see softmax_rows.
-Softmax = Callable[[Tensor, Tensor, int, float, "float | None", "Tensor | None", bool], "tuple[Tensor, Tensor]"]
+
+class Softmax(NamedTuple):
+    """How rows of logits become losses and gradients.
+
+    ``rows`` takes (logits, labels, ignore_index, label_smoothing, softcap, row_scale, gradients) and gives
+    (losses, dlogits): see :func:`softmax_rows`. It wants the vocabulary padded to a multiple of ``multiple``; if that
+    is more than 1, dlogits take the logits' memory, and zeros the padding's.
+    """
+
+    rows: Callable[[Tensor, Tensor, int, float, float | None, Tensor | None, bool], tuple[Tensor, Tensor]]
+    multiple: int
 
 
 def losses_and_gradients(
@@ -40,25 +51,28 @@ def losses_and_gradients(
     exact = torch.promote_types(hidden.dtype, torch.float32)
     compute = exact if hidden.device.type == "cpu" else hidden.dtype
     (rows, channels), vocabulary = hidden.shape, weight.shape[0]
-    weight = weight.to(compute)
-    bias = None if bias is None else bias.to(compute)
+    padded = -(-vocabulary // softmax.multiple) * softmax.multiple
+    weight = _padded(weight, padded, compute)
+    bias = None if bias is None else _padded(bias, padded, compute)
     losses = torch.empty(rows, dtype=exact, device=hidden.device)
     dhidden = dweight = dbias = None
     if gradients:
         dhidden = torch.empty(rows, channels, dtype=hidden.dtype, device=hidden.device)
-        dweight = torch.empty(vocabulary, channels, dtype=exact, device=hidden.device)
-        dbias = None if bias is None else torch.zeros(vocabulary, dtype=exact, device=hidden.device)
+        dweight = torch.empty(padded, channels, dtype=exact, device=hidden.device)
+        dbias = None if bias is None else torch.zeros(padded, dtype=exact, device=hidden.device)
     step = _chunk_rows(hidden, vocabulary)
     for start in range(0, rows, step):
         chunk = slice(start, start + step)
         inputs = hidden[chunk].to(compute)
         logits = inputs @ weight.t() if bias is None else torch.addmm(bias, inputs, weight.t())
         scale = None if row_scale is None else row_scale[chunk]
-        losses[chunk], dlogits = softmax(
-            logits, labels[chunk], ignore_index, label_smoothing, softcap, scale, gradients
+        losses[chunk], dlogits = softmax.rows(
+            logits[:, :vocabulary], labels[chunk], ignore_index, label_smoothing, softcap, scale, gradients
         )
         if dhidden is None or dweight is None:
             continue
+        if padded > vocabulary:
+            dlogits = logits
         if compute == hidden.dtype:
             torch.mm(dlogits, weight, out=dhidden[chunk])
         else:
@@ -70,13 +84,29 @@ def losses_and_gradients(
             dweight = share if start == 0 else dweight.add_(share)
         if dbias is not None:
             dbias += dlogits.sum(dim=0, dtype=exact)
+    dweight = None if dweight is None else dweight[:vocabulary]
+    dbias = None if dbias is None else dbias[:vocabulary]
     return losses, dhidden, dweight, dbias
 
 
+def _padded(tensor: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in ``dtype``, with zeros up to ``size`` along axis 0."""
+    if tensor.shape[0] == size:
+        return tensor.to(dtype)
+    out = torch.zeros(size, *tensor.shape[1:], dtype=dtype, device=tensor.device)
+    out[: tensor.shape[0]] = tensor
+    return out
+
+
 def _chunk_rows(hidden: Tensor, vocabulary: int) -> int:
+    """Rows of a chunk: as many as the limits allow, and about the same for every chunk."""
     if hidden.device.type == "cpu":
         return max(CPU_ROWS, CPU_ELEMENTS // vocabulary)
-    return max(GPU_ROWS, GPU_ELEMENTS // vocabulary)
+    most = max(GPU_ROWS, GPU_ELEMENTS // vocabulary)
+    chunks = -(-hidden.shape[0] // most)
+    even = -(-hidden.shape[0] // chunks)
+    aligned = -(-even // 128) * 128  # whole tiles of the matrix product
+    return aligned if aligned <= most else even
 
 
 def softmax_rows(

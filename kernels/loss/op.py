@@ -141,8 +141,8 @@ def _softmax(backend: str) -> chunked.Softmax:
     if backend == "triton":
         from mambakit.kernels.loss import triton_kernels
 
-        return triton_kernels.softmax_rows
-    return chunked.softmax_rows
+        return chunked.Softmax(triton_kernels.softmax_rows, triton_kernels.MULTIPLE)
+    return chunked.Softmax(chunked.softmax_rows, 1)
 
 
 @torch.library.custom_op("mambakit::linear_cross_entropy", mutates_args=())

@@ -10,11 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambakit.kernels import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
+from mambakit.kernels import causal_conv1d_update, selective_state_update
+from mambakit.kernels.inner import mamba_inner
 from mambakit.mixers.base import SequenceMixer, State
-
-# A raw step so low that softplus gives exactly 0 in float16, bfloat16 and float32: the memory stands still.
-NO_STEP = -1.0e4
 
 
 @dataclass
@@ -109,37 +107,29 @@ class Mamba1(SequenceMixer):
         lengths: Tensor | None = None,
         return_state: bool = False,
     ) -> tuple[Tensor, Mamba1State | None]:
-        x, z = self.in_proj(x).chunk(2, dim=-1)
-        convolved, conv_state = causal_conv1d(
-            x,
+        xz = self.in_proj(x)
+        y, ssm_state = mamba_inner(
+            xz,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
-            "silu",
-            initial_state=None if state is None else state.conv,
-            seq_idx=seq_idx,
-            return_final_state=True,
-        )
-        delta, B, C = self._select(convolved)
-        if lengths is not None:
-            time = torch.arange(x.shape[1], device=x.device)
-            delta = delta.masked_fill((time >= lengths.unsqueeze(1)).unsqueeze(-1), NO_STEP)
-            if return_state:
-                conv_state = last_inputs(x, lengths, self.d_conv - 1, None if state is None else state.conv, seq_idx)
-        y, ssm_state = selective_scan(
-            convolved,
-            delta,
+            self.x_proj.weight,
+            self.dt_proj.weight,
             self._A(),
-            B,
-            C,
             self.D,
-            z,
             self.dt_proj.bias,
-            True,
-            initial_state=None if state is None else state.ssm,
+            self.out_proj.weight,
+            self.out_proj.bias,
+            conv_state=None if state is None else state.conv,
+            ssm_state=None if state is None else state.ssm,
             seq_idx=seq_idx,
-            return_final_state=True,
+            lengths=lengths,
         )
-        return self.out_proj(y), Mamba1State(conv_state, ssm_state) if return_state else None
+        if not return_state:
+            return y, None
+        before = None if state is None else state.conv
+        return y, Mamba1State(
+            last_inputs(xz[..., : self.d_inner], lengths, self.d_conv - 1, before, seq_idx), ssm_state
+        )
 
     def step(self, x_t: Tensor, state: Mamba1State) -> tuple[Tensor, Mamba1State]:
         """One element in constant time. Without gradients ``state`` is updated in place and returned."""
@@ -167,20 +157,32 @@ class Mamba1(SequenceMixer):
         return -torch.exp(self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float())
 
 
-def last_inputs(x: Tensor, lengths: Tensor, width: int, initial_state: Tensor | None, seq_idx: Tensor | None) -> Tensor:
+def last_inputs(
+    x: Tensor, lengths: Tensor | None, width: int, initial_state: Tensor | None, seq_idx: Tensor | None
+) -> Tensor:
     """The last ``width`` of the first ``lengths[b]`` inputs of each row, oldest first: (B, D, width) float32 or wider.
 
     Where a row is shorter, columns of ``initial_state`` (or zeros) come before; inputs of another sequence than the
-    last one count as zeros.
+    last one count as zeros. Without ``lengths`` a row has all its elements.
     """
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    before = x.new_zeros(x.shape[0], x.shape[2], width) if initial_state is None else initial_state
-    history = torch.cat([before.transpose(1, 2).to(wide), x.to(wide)], dim=1)
-    index = lengths.unsqueeze(1) + torch.arange(width, device=x.device)
-    tail = history.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if lengths is None:
+        lengths = torch.full((x.shape[0],), x.shape[1], device=x.device)
+    index = lengths.unsqueeze(1) + torch.arange(-width, 0, device=x.device)  # below 0: before the row
+    inside = index.clamp(min=0)
+    tail = _rows(x, inside).to(wide)
+    if initial_state is None:
+        tail = tail.masked_fill((index < 0).unsqueeze(-1), 0)
+    else:
+        before = _rows(initial_state.transpose(1, 2).to(wide), (index + width).clamp(max=width - 1))
+        tail = torch.where((index < 0).unsqueeze(-1), before, tail)
     if seq_idx is not None:
-        # The initial state belongs to the first sequence of the row.
-        owner = torch.cat([seq_idx[:, :1].expand(-1, width), seq_idx], dim=1)
-        last = owner.gather(1, (lengths.unsqueeze(1) + width - 1))
-        tail = tail.masked_fill((owner.gather(1, index) != last).unsqueeze(-1), 0)
+        # The initial state belongs to the first sequence of the row, as does a row of no elements.
+        owner = seq_idx.gather(1, inside)
+        tail = tail.masked_fill((owner != owner[:, -1:]).unsqueeze(-1), 0)
     return tail.transpose(1, 2).contiguous()
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, L, D) at times ``index`` (B, K): (B, K, D)."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
