@@ -3,8 +3,8 @@
 Letters: B batch, L length, D channels, N state size. A program owns BD channels of one batch row over one segment of
 time and walks it in tiles of T steps. Two layouts meet in it:
 
-* the state layout, [BD, N]: a thread holds CPT channels times NS = 4 states, N / 4 lanes share a channel. A row of B
-  or C serves CPT channels a thread, a row of delta serves 4 states, and sums over states cross N / 4 lanes only;
+* the state layout, [BD, N]: a thread holds CPT channels times SPT states, N / SPT lanes share a channel. A row of B or
+  C serves CPT channels a thread, a row of delta SPT states, and sums over states cross N / SPT lanes only;
 * the row layout, [T, BD]: every (step, channel) once, several adjacent channels a thread. What is computed once a
   channel and step (softplus, gates, their slopes) is done here, with wide loads and stores.
 
@@ -17,26 +17,19 @@ triton_backward.py) state the same algorithm for tests on a CPU and serve the ca
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import triton
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
-from mambakit.kernels.scan.triton_common import group_count
-
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
-STATES_PER_THREAD = 4
 
 
 @constexpr_function
-def state_layout(N, CPT, NW):
-    """Of tiles [BD, N]: CPT channels and 4 states a thread."""
-    lanes = N // 4
-    return gl.BlockedLayout([CPT, 4], [32 // lanes, lanes], [NW, 1], [1, 0])
+def state_layout(N, CPT, NW, SPT=4):
+    """Of tiles [BD, N]: CPT channels and SPT states a thread."""
+    lanes = N // SPT
+    return gl.BlockedLayout([CPT, SPT], [32 // lanes, lanes], [NW, 1], [1, 0])
 
 
 @constexpr_function
@@ -68,7 +61,7 @@ def stack(rows, T: gl.constexpr, BD: gl.constexpr):
         # Each round appends an axis of two, the highest bit of a row's number first.
         paired = ()
         for i in gl.static_range(T >> (k + 1)):
-            paired = paired + (gl.join(rows[i], rows[i + (T >> (k + 1))]),)
+            paired += (gl.join(rows[i], rows[i + (T >> (k + 1))]),)
         rows = paired
     return rows[0].reshape([BD, T]).permute((1, 0))
 
@@ -112,27 +105,3 @@ def load_keep(seq_idx, position, sense, direction, step, count, first_step, T: g
     inside = (i < count) & (i != first_step)
     same = gl.load(here, mask=inside, other=0) == gl.load(here - direction, mask=inside, other=0)
     return gl.expand_dims(gl.where(same, 1.0, 0.0), 1)
-
-
-class Cut(NamedTuple):
-    """How a call is cut: ``blocks`` tiles of BD channels a batch row, each within one group of B and one of C."""
-
-    groups: int
-    B_groups: int
-    C_groups: int
-    blocks_per_group: int
-    BD: int
-
-    @property
-    def blocks(self) -> int:
-        return self.groups * self.blocks_per_group
-
-
-def cut_channels(channels: int, d_state: int, B: Tensor, C: Tensor, per_thread: int, warps: int) -> Cut:
-    """Tiles of ``per_thread`` channels a thread, d_state / 4 lanes a channel, ``warps`` warps."""
-    import math
-
-    B_groups, C_groups = group_count(B), group_count(C)
-    groups = math.lcm(B_groups, C_groups)
-    BD = 32 // (d_state // STATES_PER_THREAD) * per_thread * warps
-    return Cut(groups, B_groups, C_groups, triton.cdiv(channels // groups, BD), BD)

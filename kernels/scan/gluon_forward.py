@@ -62,15 +62,15 @@ def scan_forward_kernel(
     u, delta, A, B, C, D, z, bias, initial, seq_idx, products, ends, out, final, checkpoints,
     length, channels, group_channels, blocks_per_group, blocks, groups, B_share, C_share, segments, segment_length,
     u_b, u_l, delta_b, delta_l, z_b, z_l, seq_b, B_b, B_l, B_g, C_b, C_l, C_g,
-    N: gl.constexpr, T: gl.constexpr, CPT: gl.constexpr, NW: gl.constexpr, CHUNK: gl.constexpr,
+    N: gl.constexpr, T: gl.constexpr, CPT: gl.constexpr, SPT: gl.constexpr, NW: gl.constexpr, CHUNK: gl.constexpr,
     SOFTPLUS: gl.constexpr, DIRECTION: gl.constexpr,
 ):  # fmt: skip
     """One tile of channels of one batch row over one segment. Grid (batch * blocks * segments,), segments fastest.
 
     ``products``, ``ends`` (batch, segments, D, N): see ``segment_states_kernel``; None with one segment.
     """
-    layout: gl.constexpr = state_layout(N, CPT, NW)
-    BD: gl.constexpr = 32 // (N // 4) * CPT * NW
+    layout: gl.constexpr = state_layout(N, CPT, NW, SPT)
+    BD: gl.constexpr = 32 // (N // SPT) * CPT * NW
     rows: gl.constexpr = tile_layout(T, BD, NW)
     vectors: gl.constexpr = tile_layout(T, N, NW)
     channel: gl.constexpr = gl.SliceLayout(1, layout)
@@ -82,7 +82,6 @@ def scan_forward_kernel(
     group = block // blocks_per_group
     start_d = block % blocks_per_group * BD
     direction = direction_of(group, groups, DIRECTION)
-    first_d = group * group_channels + start_d
     local = start_d + gl.arange(0, BD, layout=gl.SliceLayout(0, rows))
     in_d = local < group_channels
     d = group * group_channels + local
@@ -168,7 +167,7 @@ def scan_forward_kernel(
                 h = gl.where(gl.expand_dims(row_of(keeps, i).load(channel), 1) > 0.0, h, 0.0)
             entry = gl.expand_dims(row_of(inputs, i).load(channel), 1) * gl.expand_dims(row_of(Bs, i).load(state), 0)
             h = a * h + entry
-            ys = ys + (gl.sum(h * gl.expand_dims(row_of(Cs, i).load(state), 0), axis=1),)
+            ys += (gl.sum(h * gl.expand_dims(row_of(Cs, i).load(state), 0), axis=1),)
         outputs.store(stack(ys, T, BD))
         y = outputs.load(rows) + gl.expand_dims(skip, 0) * x
         if z is not None:
@@ -184,7 +183,7 @@ def segment_states_kernel(
     x, delta, A, V, z, bias, seq_idx, products, ends,
     length, channels, group_channels, blocks_per_group, blocks, groups, V_share, segments, segment_length,
     x_b, x_l, delta_b, delta_l, z_b, z_l, seq_b, V_b, V_l, V_g,
-    N: gl.constexpr, T: gl.constexpr, CPT: gl.constexpr, NW: gl.constexpr,
+    N: gl.constexpr, T: gl.constexpr, CPT: gl.constexpr, SPT: gl.constexpr, NW: gl.constexpr,
     SOFTPLUS: gl.constexpr, DIRECTION: gl.constexpr, BACKWARD: gl.constexpr,
 ):  # fmt: skip
     """What a segment makes of the state that enters it: end = products * start + ends, both (batch, segments, D, N).
@@ -193,8 +192,8 @@ def segment_states_kernel(
     BACKWARD (x is dout, V is C): r_t = a_t (r_{t+1} + g_t C_t), g = dout silu(z), from 0 after its last step: the
     gradient that leaves the segment towards earlier steps. Grid (batch * blocks * segments,).
     """
-    layout: gl.constexpr = state_layout(N, CPT, NW)
-    BD: gl.constexpr = 32 // (N // 4) * CPT * NW
+    layout: gl.constexpr = state_layout(N, CPT, NW, SPT)
+    BD: gl.constexpr = 32 // (N // SPT) * CPT * NW
     rows: gl.constexpr = tile_layout(T, BD, NW)
     vectors: gl.constexpr = tile_layout(T, N, NW)
     channel: gl.constexpr = gl.SliceLayout(1, layout)

@@ -1,35 +1,58 @@
-"""Launches the Gluon scan kernels: which calls they take, how time and channels are cut, buffers and strides."""
+"""Launches the Gluon forward scan: which calls it takes, how time and channels are cut, buffers and strides."""
 
 # Gluon's and Triton's launch syntax is untyped.
 # mypy: disable-error-code="attr-defined, no-untyped-call, index"
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from mambakit.kernels.scan.gluon_common import STATES_PER_THREAD, Cut, cut_channels
 from mambakit.kernels.scan.gluon_forward import scan_forward_kernel, segment_states_kernel
-from mambakit.kernels.scan.triton_common import device_guard, row_strides, unit_stride, vector_strides
+from mambakit.kernels.scan.reference import HALF
+from mambakit.kernels.scan.triton_common import device_guard, group_count, row_strides, unit_stride, vector_strides
+from mambakit.kernels.tuning import choose_config
 
-CHUNK = 64  # steps between two stored states
+CHUNK = 64  # steps between two stored states: 4 bytes a channel and step at N = 16, as one more float32 input
 
 
 class Config(NamedTuple):
-    """Steps a tile, channels a thread, warps a program; see gluon_common.py."""
+    """Steps a tile, channels and states a thread, warps a program; see gluon_common.py."""
 
     steps: int
-    per_thread: int
+    channels: int
+    states: int
     warps: int
 
 
-# Four warps for each of a multiprocessor's four schedulers hide the latency of loads and exponentials.
-WARPS_WANTED = 16
-FORWARD = Config(steps=8, per_thread=2, warps=1)
-STATES = Config(steps=8, per_thread=2, warps=1)
+# The space of configurations, each the fastest on an H200 for some shape (docs/kernels.md has the table). Long
+# sequences take tall tiles and 8 states a thread, which leaves two lanes to add up each y.
+LONG = Config(steps=16, channels=1, states=8, warps=1)
+SHORT = Config(steps=8, channels=2, states=4, warps=1)
+# 16 states a thread step: the fewest instructions a state, for walks that segments of time spread over the chip.
+SEGMENTED = Config(steps=8, channels=2, states=8, warps=1)
+# 163 registers let twelve warps share a multiprocessor: one wave.
+WARPS_WANTED = 12
+# Fewer than four warps, one a scheduler, leave a multiprocessor idle; a second walk over the sequence then pays.
+WARPS_ENOUGH = 4
+
+
+class Cut(NamedTuple):
+    """How a call is cut: ``blocks`` tiles of channels a batch row, each within one group of B and one of C, times
+    ``segments`` of ``segment_length`` steps."""
+
+    config: Config
+    groups: int
+    B_share: int
+    C_share: int
+    blocks_per_group: int
+    blocks: int
+    segments: int
+    segment_length: int
 
 
 def covers(A: Tensor, B: Tensor, C: Tensor) -> bool:
@@ -38,27 +61,44 @@ def covers(A: Tensor, B: Tensor, C: Tensor) -> bool:
     return B.dim() > 2 and C.dim() > 2 and 4 <= d_state <= 128 and d_state & (d_state - 1) == 0
 
 
-def segments_of(length: int, warps: int, multiprocessors: int) -> tuple[int, int]:
-    """(segments, steps a segment): one where ``warps`` alone give every scheduler one, else as many as fill the chip.
+@lru_cache(maxsize=1024)
+def cut(
+    batch: int,
+    length: int,
+    channels: int,
+    d_state: int,
+    B_groups: int,
+    C_groups: int,
+    half: bool,
+    multiprocessors: int,
+    config: Config | None = None,
+) -> Cut:
+    """The rule's choice, or ``config`` cut for this shape."""
+    groups = math.lcm(B_groups, C_groups, 2 if half else 1)
 
-    A segment costs a second walk over its steps, so that cutting a sequence pays only where the chip idles.
-    """
-    chunks = triton.cdiv(length, CHUNK)
-    if warps >= 4 * multiprocessors:
-        return 1, chunks * CHUNK
-    wanted = min(chunks, triton.cdiv(WARPS_WANTED * multiprocessors, warps))
-    size = triton.cdiv(chunks, wanted) * CHUNK
-    return triton.cdiv(length, size), size
+    def tiles(config: Config) -> int:
+        tile = 32 * config.states // d_state * config.channels * config.warps
+        return -(-channels // groups // tile)
+
+    chosen = config or (LONG if length >= 512 else SHORT)
+    chosen = chosen._replace(states=min(chosen.states, d_state))
+    segments, chunks = 1, -(-length // CHUNK)
+    segment_length = chunks * CHUNK
+    if batch * groups * tiles(chosen) * chosen.warps < WARPS_ENOUGH * multiprocessors and chunks > 1:
+        chosen = config or SEGMENTED
+        chosen = chosen._replace(states=min(chosen.states, d_state))
+        warps = batch * groups * tiles(chosen) * chosen.warps
+        segment_length = -(-chunks // min(chunks, max(1, WARPS_WANTED * multiprocessors // warps))) * CHUNK
+        segments = -(-length // segment_length)
+    blocks = tiles(chosen)
+    return Cut(
+        chosen, groups, groups // B_groups, groups // C_groups, blocks, groups * blocks, segments, segment_length
+    )
 
 
-_multiprocessors: dict[int, int] = {}
-
-
+@lru_cache(maxsize=64)
 def multiprocessors(device: torch.device) -> int:
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if index not in _multiprocessors:
-        _multiprocessors[index] = torch.cuda.get_device_properties(index).multi_processor_count
-    return _multiprocessors[index]
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def segment_states(
@@ -71,26 +111,24 @@ def segment_states(
     seq_idx: Tensor | None,
     delta_softplus: bool,
     direction: int,
-    segments: int,
-    segment_length: int,
     cut: Cut,
     V_share: int,
     backward: bool,
-    config: Config = STATES,
-) -> tuple[Tensor, Tensor]:
-    """products and ends (B, segments, D, N) float32 of every segment; see ``segment_states_kernel``."""
+) -> Tensor:
+    """products and ends (2, B, segments, D, N) float32 of every segment; see ``segment_states_kernel``."""
     batch, length, channels = x.shape
     d_state = A.shape[1]
-    products, ends = torch.empty((2, batch, segments, channels, d_state), dtype=torch.float32, device=x.device)
-    segment_states_kernel[(batch * cut.blocks * segments,)](
-        x, delta, A, V, z, delta_bias, seq_idx, products, ends,
-        length, channels, channels // cut.groups, cut.blocks_per_group, cut.blocks, cut.groups, V_share, segments,
-        segment_length, *row_strides(x), *row_strides(delta), *row_strides(z), row_strides(seq_idx)[0],
-        *vector_strides(V),
-        N=d_state, T=config.steps, CPT=config.per_thread, NW=config.warps,
+    config = cut.config
+    states = torch.empty((2, batch, cut.segments, channels, d_state), dtype=torch.float32, device=x.device)
+    segment_states_kernel[(batch * cut.blocks * cut.segments,)](
+        x, delta, A, V, z, delta_bias, seq_idx, states[0], states[1],
+        length, channels, channels // cut.groups, cut.blocks_per_group, cut.blocks, cut.groups, V_share,
+        cut.segments, cut.segment_length,
+        *row_strides(x), *row_strides(delta), *row_strides(z), row_strides(seq_idx)[0], *vector_strides(V),
+        N=d_state, T=config.steps, CPT=config.channels, SPT=config.states, NW=config.warps,
         SOFTPLUS=delta_softplus, DIRECTION=direction, BACKWARD=backward, num_warps=config.warps,
     )  # fmt: skip
-    return products, ends
+    return states
 
 
 def scan_forward(
@@ -106,41 +144,44 @@ def scan_forward(
     seq_idx: Tensor | None,
     delta_softplus: bool,
     direction: int,
-    config: Config = FORWARD,
-    maxnreg: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`mambakit.kernels.scan.triton_forward.scan_forward`."""
+    """As :func:`mambakit.kernels.scan.triton_forward.scan_forward`; the states are kept every ``CHUNK`` steps."""
     u, delta, z, B, C = (unit_stride(tensor) for tensor in (u, delta, z, B, C))
     A, initial_state = dense_float(A), dense_float(initial_state)
     D, delta_bias, seq_idx = unit_stride(D), unit_stride(delta_bias), unit_stride(seq_idx)
     batch, length, channels = u.shape
     d_state = A.shape[1]
-    cut = cut_channels(channels, d_state, B, C, config.per_thread, config.warps)
-    segments, segment_length = segments_of(
-        length, batch * cut.blocks * config.warps, multiprocessors(u.device)
-    )
     out = torch.empty((batch, length, channels), dtype=u.dtype, device=u.device)
     final = torch.empty((batch, channels, d_state), dtype=torch.float32, device=u.device)
-    checkpoints = torch.empty(
-        (batch, triton.cdiv(length, CHUNK), channels * d_state), dtype=torch.float32, device=u.device
-    )
-    B_share, C_share = cut.groups // cut.B_groups, cut.groups // cut.C_groups
-    with device_guard(u):
-        products = ends = None
-        if segments > 1:
-            products, ends = segment_states(
-                u, delta, A, B, None, delta_bias, seq_idx, delta_softplus, direction, segments, segment_length,
-                cut, B_share, backward=False, config=config,
-            )  # fmt: skip
-        scan_forward_kernel[(batch * cut.blocks * segments,)](
-            u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, products, ends, out, final, checkpoints,
-            length, channels, channels // cut.groups, cut.blocks_per_group, cut.blocks, cut.groups,
-            B_share, C_share, segments, segment_length,
+    chunks = -(-length // CHUNK)
+    checkpoints = torch.empty((batch, chunks, channels * d_state), dtype=torch.float32, device=u.device)
+
+    def launch(config: Config | None) -> None:
+        plan = cut(*shape, config)
+        states = None
+        if plan.segments > 1:
+            states = segment_states(
+                u, delta, A, B, None, delta_bias, seq_idx, delta_softplus, direction, plan, plan.B_share, False
+            )
+        config = plan.config
+        scan_forward_kernel[(batch * plan.blocks * plan.segments,)](
+            u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx,
+            None if states is None else states[0], None if states is None else states[1], out, final, checkpoints,
+            length, channels, channels // plan.groups, plan.blocks_per_group, plan.blocks, plan.groups,
+            plan.B_share, plan.C_share, plan.segments, plan.segment_length,
             *row_strides(u), *row_strides(delta), *row_strides(z), row_strides(seq_idx)[0],
             *vector_strides(B), *vector_strides(C),
-            N=d_state, T=config.steps, CPT=config.per_thread, NW=config.warps, CHUNK=CHUNK,
-            SOFTPLUS=delta_softplus, DIRECTION=direction, num_warps=config.warps, maxnreg=maxnreg,
+            N=d_state, T=config.steps, CPT=config.channels, SPT=config.states, NW=config.warps, CHUNK=CHUNK,
+            SOFTPLUS=delta_softplus, DIRECTION=direction, num_warps=config.warps,
         )  # fmt: skip
+
+    half = direction == HALF
+    shape = (batch, length, channels, d_state, group_count(B), group_count(C), half, multiprocessors(u.device))
+    with device_guard(u):
+        rule = cut(*shape).config
+        others = [config for config in (LONG, SHORT, SEGMENTED) if config != rule]
+        key = ("scan_forward", *shape, str(u.dtype), z is not None, direction)
+        launch(choose_config(key, [rule, *others], launch))
     return out, final, checkpoints
 
 
