@@ -1,8 +1,14 @@
-"""Triton kernels of the causal convolution. Shapes, strides and launches are in triton_launch.py.
+"""Triton kernels of the causal convolution: the forward and the step for generation. The backward is in
+triton_backward.py; shapes, strides and launches are in triton_launch.py.
+
+The forward and the backward walk along time and keep the last inputs in registers, so that each input is read once
+(and W-1 more at the start of a chunk). A program is a tile of BR chunks and BD channels; a chunk is STEPS steps of one
+row of the batch, and the chunks of all rows are numbered through. U rows of a chunk are loaded before the first is
+used: that many loads in flight keep the memory busy.
 
 Every kernel counts time in the direction of the convolution: step t is row t of x, or row L-1-t when REVERSE, so the
-rest of the kernel knows one direction only. Arithmetic is float32; base offsets are int64, since a long batch passes
-2^31 elements. Letters: L length, D channels, W width; a tile is BL steps of BD channels.
+rest of the kernel knows one direction only. Arithmetic is float32; row offsets are int64, since a long batch passes
+2^31 elements. Letters: L length, D channels, W width.
 """
 
 from __future__ import annotations
@@ -15,42 +21,58 @@ import triton.language as tl
 
 
 @triton.jit
-def _sigmoid(x):
+def sigmoid(x):
     return 1.0 / (1.0 + tl.exp2(-x * 1.4426950408889634))
 
 
 @triton.jit
-def _rows(t, L, stride, REVERSE: tl.constexpr):
-    """Offsets (BL, 1) of steps t; the caller masks those outside 0 .. L-1."""
+def place(chunks, total, steps, L, D, W: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
+    """This program's tile: channels d (1, BD) and which exist; of each chunk the row of the batch (BR, 1), the first
+    step and the end. A chunk past the last lies behind the end of time, where every access is masked.
+    """
+    d_tiles = tl.cdiv(D, BD)
+    d = ((tl.program_id(0) % d_tiles) * BD + tl.arange(0, BD))[None, :]
+    chunk = ((tl.program_id(0) // d_tiles) * BR + tl.arange(0, BR))[:, None]
+    start = tl.where(chunk < total, chunk % chunks * steps, L + W)
+    b = (tl.minimum(chunk, total - 1) // chunks).to(tl.int64)
+    return d, d < D, b, start, tl.minimum(start + steps, L)
+
+
+@triton.jit
+def row_of(t, L, REVERSE: tl.constexpr):
     row = L - 1 - t if REVERSE else t
-    return row.to(tl.int64)[:, None] * stride
+    return row.to(tl.int64)
 
 
 @triton.jit
-def _same_as_before(seq_idx, base, t, L, REVERSE: tl.constexpr):
-    """(BL, 1), whether step t continues the sequence of step t-1; before the start and past the end nothing changes."""
-    here = tl.minimum(tl.maximum(t, 0), L - 1)
-    before = tl.minimum(tl.maximum(t - 1, 0), L - 1)
-    here = L - 1 - here if REVERSE else here
-    before = L - 1 - before if REVERSE else before
-    return (tl.load(seq_idx + base + here) == tl.load(seq_idx + base + before))[:, None]
-
-
-@triton.jit
-def _input(x, state, t, d, L, D, stride, in_d, HAS_STATE: tl.constexpr, REVERSE: tl.constexpr, W: tl.constexpr):
-    """Inputs (BL, BD) of steps t as float32: from x, before its start from the state (W-1, D), past its end zero."""
-    value = tl.load(
-        x + _rows(t, L, stride, REVERSE) + d[None, :], mask=((t >= 0) & (t < L))[:, None] & in_d, other=0.0
-    ).to(tl.float32)
-    if HAS_STATE:
-        old = (t < 0) & (t >= 1 - W)
-        value += tl.load(state + (t + W - 1)[:, None] * D + d[None, :], mask=old[:, None] & in_d, other=0.0).to(
-            tl.float32
-        )
+def input_before(x, state, b, t, d, in_d, L, D, x_row, REVERSE: tl.constexpr, W: tl.constexpr):
+    """The input (BR, BD) at step t as float32: from x, before its start from the state (B, D, W-1) or zero."""
+    value = tl.load(x + row_of(t, L, REVERSE) * x_row, mask=(t >= 0) & (t < L) & in_d, other=0.0).to(tl.float32)
+    if state is not None:
+        column = state + (b * D + d) * (W - 1) + (t + W - 1)
+        value += tl.load(column, mask=(t < 0) & (t >= 1 - W) & in_d, other=0.0).to(tl.float32)
     return value
 
 
 @triton.jit
+def sequence_at(seq_idx, b, t, L, REVERSE: tl.constexpr):
+    """The number (BR, 1) of the sequence at step t; before the start and past the end that of the nearest step."""
+    return tl.load(seq_idx + b * L + row_of(tl.minimum(tl.maximum(t, 0), L - 1), L, REVERSE))
+
+
+@triton.jit
+def filter_taps(weight, bias, d, in_d, W: tl.constexpr):
+    """The W taps (1, BD), that of the newest input first, and the bias, as float32."""
+    taps = ()
+    for s in tl.static_range(W):
+        taps += (tl.load(weight + d * W + (W - 1 - s), mask=in_d, other=0.0).to(tl.float32),)
+    shift = tl.zeros_like(taps[0])
+    if bias is not None:
+        shift += tl.load(bias + d, mask=in_d, other=0.0).to(tl.float32)
+    return taps, shift
+
+
+@triton.jit(do_not_specialize=["L", "chunks", "total", "steps"])
 def conv_forward(
     x,
     weight,
@@ -62,141 +84,59 @@ def conv_forward(
     D,
     x_batch,
     x_row,
-    HAS_BIAS: tl.constexpr,
-    HAS_STATE: tl.constexpr,
-    HAS_SEQ: tl.constexpr,
+    chunks,
+    total,
+    steps,
     SILU: tl.constexpr,
     REVERSE: tl.constexpr,
     W: tl.constexpr,
-    BL: tl.constexpr,
+    U: tl.constexpr,
+    BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """One tile of y. Grid (tiles of D * tiles of L * batch). The W loads of neighbouring rows meet in the L1 cache."""
-    d_tiles = tl.cdiv(D, BD)
-    l_tiles = tl.cdiv(L, BL)
-    pid = tl.program_id(0)
-    d = (pid % d_tiles) * BD + tl.arange(0, BD)
-    t = (pid // d_tiles) % l_tiles * BL + tl.arange(0, BL)
-    b = (pid // d_tiles // l_tiles).to(tl.int64)
-    in_d = (d < D)[None, :]
-    x += b * x_batch
-    state += b * D * (W - 1)
-    acc = tl.zeros([BL, BD], tl.float32)
-    if HAS_BIAS:
-        acc += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    reaches = (t < L)[:, None]
-    for s in tl.static_range(W):
-        if HAS_SEQ and s > 0:
-            reaches = reaches & _same_as_before(seq_idx, b * L, t - s + 1, L, REVERSE)
-        tap = tl.load(weight + d * W + (W - 1 - s), mask=d < D, other=0.0).to(tl.float32)[None, :]
-        value = _input(x, state, t - s, d, L, D, x_row, in_d, HAS_STATE, REVERSE, W)
-        acc += tap * tl.where(reaches, value, 0.0)
-    if SILU:
-        acc = acc * _sigmoid(acc)
-    tl.store(
-        out + b * L * D + _rows(t, L, D, REVERSE) + d[None, :],
-        acc.to(out.dtype.element_ty),
-        mask=(t < L)[:, None] & in_d,
-    )
-
-
-@triton.jit
-def conv_backward(
-    dout,
-    x,
-    weight,
-    bias,
-    state,
-    seq_idx,
-    dx,
-    dweight,
-    dbias,
-    L,
-    D,
-    x_batch,
-    x_row,
-    dout_batch,
-    dout_row,
-    HAS_BIAS: tl.constexpr,
-    HAS_STATE: tl.constexpr,
-    HAS_SEQ: tl.constexpr,
-    SILU: tl.constexpr,
-    REVERSE: tl.constexpr,
-    W: tl.constexpr,
-    BL: tl.constexpr,
-    BD: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    """dx of TILES tiles along time, and their share of dweight (W, D) and dbias (D,): partial sums that the caller
-    adds up in a fixed order. Grid (tiles of D * groups of TILES tiles of L * batch).
-
-    dx_t = sum_s weight_{W-1-s} dpre_{t+s} needs the value before the activation at W steps, and those need inputs from
-    t-W+1 to t+W-1: each of these 2W-1 tiles is loaded once and the values are computed again.
-    """
-    d_tiles = tl.cdiv(D, BD)
-    l_groups = tl.cdiv(L, BL * TILES)
-    pid = tl.program_id(0)
-    d = (pid % d_tiles) * BD + tl.arange(0, BD)
-    group = (pid // d_tiles) % l_groups
-    b = (pid // d_tiles // l_groups).to(tl.int64)
-    in_d = (d < D)[None, :]
-    x += b * x_batch
-    dout += b * dout_batch
-    dx += b * L * D
-    state += b * D * (W - 1)
-    taps = ()
-    sums = ()
-    for s in tl.static_range(W):
-        taps += (tl.load(weight + d * W + (W - 1 - s), mask=d < D, other=0.0).to(tl.float32)[None, :],)
-        sums += (tl.zeros([BD], tl.float32),)
-    shift = tl.zeros([1, BD], tl.float32)
-    if HAS_BIAS:
-        shift += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    dbias_sum = tl.zeros([BD], tl.float32)
-
-    for tile in range(tl.minimum(TILES, tl.cdiv(L - group * BL * TILES, BL))):
-        t = (group * TILES + tile) * BL + tl.arange(0, BL)
-        values = ()  # inputs of steps t-W+1 .. t+W-1
-        same = ()  # whether each of those steps continues the sequence of the step before it
-        for i in tl.static_range(2 * W - 1):
-            step = t + (i - W + 1)
-            values += (_input(x, state, step, d, L, D, x_row, in_d, HAS_STATE, REVERSE, W),)
-            if HAS_SEQ:
-                same += (_same_as_before(seq_idx, b * L, step, L, REVERSE),)
-        grad = tl.zeros([BL, BD], tl.float32)
-        carried = (t < L)[:, None]
-        new_sums = ()
-        for s in tl.static_range(W):  # the output at step t+s
-            later = t + s
-            dpre = tl.load(
-                dout + _rows(later, L, dout_row, REVERSE) + d[None, :], mask=(later < L)[:, None] & in_d, other=0.0
-            ).to(tl.float32)
+    """y. Grid (tiles of D * tiles of chunks). bias, state and seq_idx may be None; steps is a multiple of U."""
+    d, in_d, b, start, end = place(chunks, total, steps, L, D, W, BR, BD)
+    x += b * x_batch + d
+    out += b * L * D + d
+    if seq_idx is not None:
+        sequence = sequence_at(seq_idx, b, start - 1, L, REVERSE)
+        later = sequence
+        belongs = start >= 0
+    window = ()  # the last W-1 inputs, newest first; zero for those of another sequence than the newest
+    for s in tl.static_range(1, W):
+        value = input_before(x, state, b, start - s, d, in_d, L, D, x_row, REVERSE, W)
+        if seq_idx is not None:
+            earlier = sequence_at(seq_idx, b, start - s, L, REVERSE)
+            belongs = belongs & (earlier == later)
+            value = tl.where(belongs, value, 0.0)
+            later = earlier
+        window += (value,)
+    taps, shift = filter_taps(weight, bias, d, in_d, W)
+    for i in range(0, steps, U):
+        rows = ()
+        for j in tl.static_range(U):
+            t = start + i + j
+            rows += (tl.load(x + row_of(t, L, REVERSE) * x_row, mask=(t < end) & in_d, other=0.0),)
+        for j in tl.static_range(U):
+            t = start + i + j
+            if seq_idx is not None:
+                present = sequence_at(seq_idx, b, t, L, REVERSE)
+                kept = ()
+                for s in tl.static_range(W - 1):
+                    kept += (tl.where(present == sequence, window[s], 0.0),)
+                window = kept
+                sequence = present
+            value = rows[j].to(tl.float32)
+            y = shift + taps[0] * value
+            moved = (value,)
+            for s in tl.static_range(1, W):
+                y += taps[s] * window[s - 1]
+                if s < W - 1:
+                    moved += (window[s - 1],)
+            window = moved
             if SILU:
-                pre = shift + taps[0] * values[W - 1 + s]
-                reaches = (later < L)[:, None]
-                for k in tl.static_range(1, W):
-                    if HAS_SEQ:
-                        reaches = reaches & same[W - 1 + s - k + 1]
-                    pre += taps[k] * tl.where(reaches, values[W - 1 + s - k], 0.0)
-                gate = _sigmoid(pre)
-                dpre = dpre * gate * (1.0 + pre * (1.0 - gate))
-            if HAS_SEQ and s > 0:
-                carried = carried & same[W - 1 + s]
-            grad += taps[s] * tl.where(carried, dpre, 0.0)
-            if s == 0:
-                dbias_sum += tl.sum(dpre, axis=0)
-                reaches = (t < L)[:, None]
-                for k in tl.static_range(W):
-                    if HAS_SEQ and k > 0:
-                        reaches = reaches & same[W - 1 - k + 1]
-                    new_sums += (sums[k] + tl.sum(dpre * tl.where(reaches, values[W - 1 - k], 0.0), axis=0),)
-        sums = new_sums
-        tl.store(dx + _rows(t, L, D, REVERSE) + d[None, :], grad.to(dx.dtype.element_ty), mask=(t < L)[:, None] & in_d)
-
-    partial = b * l_groups + group
-    for s in tl.static_range(W):
-        tl.store(dweight + (partial * W + (W - 1 - s)) * D + d, sums[s], mask=d < D)
-    tl.store(dbias + partial * D + d, dbias_sum, mask=d < D)
+                y = y * sigmoid(y)
+            tl.store(out + row_of(t, L, REVERSE) * D, y.to(out.dtype.element_ty), mask=(t < end) & in_d)
 
 
 @triton.jit
@@ -262,7 +202,7 @@ def conv_update(
                 moved += (window[s - 1],)
         window = moved
         if SILU:
-            acc = acc * _sigmoid(acc)
+            acc = acc * sigmoid(acc)
         tl.store(out + t, tl.where(real, acc, 0.0).to(out.dtype.element_ty), mask=in_d)
         column = (start + t) % S if RING else S - T + t
         tl.store(state + column * state_column, value.to(state.dtype.element_ty), mask=real & (t >= T - S))
@@ -270,18 +210,20 @@ def conv_update(
 
 def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]]:
     """(kernel, signature, constant arguments, warps) of typical calls, for a compile test that needs no GPU."""
-    flags = {"HAS_BIAS": True, "HAS_STATE": True, "HAS_SEQ": True, "SILU": True, "REVERSE": False, "W": 4}
-    sizes = {"L": "i32", "D": "i32", "x_batch": "i64", "x_row": "i64"}
-    inputs = {"x": "*bf16", "weight": "*fp32", "bias": "*fp32", "state": "*fp32", "seq_idx": "*i32"}
-    yield _example(conv_forward, {**inputs, "out": "*bf16", **sizes}, {**flags, "BL": 16, "BD": 64}, 4)
-    yield _example(
-        conv_backward,
-        {"dout": "*bf16", **inputs, "dx": "*bf16", "dweight": "*fp32", "dbias": "*fp32", **sizes}
-        | {"dout_batch": "i64", "dout_row": "i64"},
-        {**flags, "REVERSE": True, "BL": 8, "BD": 64, "TILES": 16},
-        4,
-    )
-    yield _example(
+    pointers = {"x": "*bf16", "weight": "*fp32", "bias": "*fp32", "state": "*fp32", "seq_idx": "*i32", "out": "*bf16"}
+    numbers = {
+        "L": "i32",
+        "D": "i32",
+        "x_batch": "i64",
+        "x_row": "i64",
+        "chunks": "i32",
+        "total": "i32",
+        "steps": "i32",
+    }
+    constants = {"SILU": True, "REVERSE": False, "W": 4, "U": 8, "BR": 4, "BD": 256}
+    yield example(conv_forward, pointers | numbers, constants, 4)
+    yield example(conv_forward, pointers | numbers, constants | {"bias": None, "state": None, "seq_idx": None}, 4)
+    yield example(
         conv_update,
         {"x": "*bf16", "state": "*fp32", "weight": "*fp32", "bias": "*fp32", "seen": "*i32", "lines": "*i32"}
         | {"out": "*bf16", "T": "i32", "D": "i32", "S": "i32"}
@@ -292,7 +234,7 @@ def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], in
     )
 
 
-def _example(
+def example(
     kernel: Any, signature: dict[str, str], constants: dict[str, Any], num_warps: int
 ) -> tuple[Any, dict[str, str], dict[str, Any], int]:
     return kernel, signature | dict.fromkeys(constants, "constexpr"), constants, num_warps

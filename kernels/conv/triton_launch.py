@@ -1,13 +1,56 @@
-"""Launches the convolution's Triton kernels: strides, grids, and the sums of partial gradients."""
+"""Launches the convolution's Triton kernels: tiles, grids, and the sums of partial gradients."""
 
 from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from mambakit.kernels.conv import chunked
-from mambakit.kernels.conv.triton_kernels import conv_backward, conv_forward, conv_update
+from mambakit.kernels.conv.triton_backward import conv_backward
+from mambakit.kernels.conv.triton_kernels import conv_forward, conv_update
+
+WARPS = 4
+FILLED = 512  # programs that keep a large device busy
+
+
+class Tiling(NamedTuple):
+    """``chunks`` of ``steps`` steps a row of the batch, ``total`` in all; ``rows`` x ``channels`` of them a program."""
+
+    chunks: int
+    total: int
+    steps: int
+    unroll: int
+    rows: int
+    channels: int
+    tiles: int  # of chunks
+    programs: int
+
+
+@lru_cache(maxsize=1024)
+def tiling(
+    batch: int, length: int, channels: int, vector: int, unroll: int, longest: int, shortest: int, ahead: int
+) -> Tiling:
+    """The cut in which a thread holds ``vector`` channels, and a walk is the longest that leaves programs enough.
+
+    A walk of ``steps + ahead`` is a multiple of ``unroll``, and between ``shortest`` and ``longest`` where the length
+    allows: a long one repeats less at the seams and leaves fewer partial sums, short ones fill the device.
+    """
+    if channels < 64:
+        tile = max(16, triton.next_power_of_2(channels))
+    else:
+        tile = min((256, 128, 64), key=lambda size: triton.cdiv(channels, size) * size)
+    rows = max(1, 32 * WARPS * vector // tile)
+    d_tiles = triton.cdiv(channels, tile)
+    walk = longest
+    while walk > shortest and d_tiles * triton.cdiv(batch * triton.cdiv(length, walk), rows) < FILLED:
+        walk //= 2
+    chunks = triton.cdiv(length, walk - ahead)
+    steps = triton.cdiv(triton.cdiv(length, chunks) + ahead, unroll) * unroll - ahead
+    tiles = triton.cdiv(batch * chunks, rows)
+    return Tiling(chunks, batch * chunks, steps, unroll, rows, tile, tiles, d_tiles * tiles)
 
 
 def forward(
@@ -22,29 +65,29 @@ def forward(
     """As :func:`mambakit.kernels.conv.chunked.forward`."""
     batch, length, channels = x.shape
     x = _channels_last(x)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    tile_l, tile_d = 16, _tile_d(channels)
-    grid = (triton.cdiv(channels, tile_d) * triton.cdiv(length, tile_l) * batch,)
-    conv_forward[grid](
+    out = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
+    cut = tiling(batch, length, channels, 16 // x.itemsize, 4, 64, 8, 0)
+    conv_forward[(cut.programs,)](
         x,
         weight.contiguous(),
-        x if bias is None else bias.contiguous(),
-        x if initial_state is None else initial_state.transpose(1, 2).contiguous(),
-        x if seq_idx is None else seq_idx.contiguous(),
+        bias if bias is None else bias.contiguous(),
+        initial_state if initial_state is None else initial_state.contiguous(),
+        seq_idx if seq_idx is None else seq_idx.contiguous(),
         out,
         length,
         channels,
         x.stride(0),
         x.stride(1),
-        HAS_BIAS=bias is not None,
-        HAS_STATE=initial_state is not None,
-        HAS_SEQ=seq_idx is not None,
-        SILU=silu,
-        REVERSE=reverse,
-        W=weight.shape[1],
-        BL=tile_l,
-        BD=tile_d,
-        num_warps=4,
+        cut.chunks,
+        cut.total,
+        cut.steps,
+        silu,
+        reverse,
+        weight.shape[1],
+        cut.unroll,
+        cut.rows,
+        cut.channels,
+        num_warps=WARPS,
     )
     return out
 
@@ -63,51 +106,47 @@ def backward(
     batch, length, channels = x.shape
     width = weight.shape[1]
     x, dout = _channels_last(x), _channels_last(dout)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    # Time is cut into groups so that the partial sums stay small beside x and the programs still fill the device.
-    tile_l, tile_d, tiles = 8, _tile_d(channels), 16
-    groups = triton.cdiv(length, tile_l * tiles)
-    dweight = torch.empty(batch * groups, width, channels, dtype=torch.float32, device=x.device)
-    dbias = torch.empty(batch * groups, channels, dtype=torch.float32, device=x.device)
-    conv_backward[(triton.cdiv(channels, tile_d) * groups * batch,)](
+    dx = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
+    # Half the forward's channels a thread: the sums fill as many registers as the windows.
+    cut = tiling(batch, length, channels, 4, 4, 64, 32, width - 1)
+    dweight = torch.empty((cut.tiles, channels, width), dtype=torch.float32, device=x.device)
+    dbias = None if bias is None else torch.empty((cut.tiles, channels), dtype=torch.float32, device=x.device)
+    dstate = (
+        None if initial_state is None else torch.empty(initial_state.shape, dtype=initial_state.dtype, device=x.device)
+    )
+    conv_backward[(cut.programs,)](
         dout,
         x,
         weight.contiguous(),
-        x if bias is None else bias.contiguous(),
-        x if initial_state is None else initial_state.transpose(1, 2).contiguous(),
-        x if seq_idx is None else seq_idx.contiguous(),
+        bias if bias is None else bias.contiguous(),
+        initial_state if initial_state is None else initial_state.contiguous(),
+        seq_idx if seq_idx is None else seq_idx.contiguous(),
         dx,
         dweight,
         dbias,
+        dstate,
         length,
         channels,
-        x.stride(0),
-        x.stride(1),
         dout.stride(0),
         dout.stride(1),
-        HAS_BIAS=bias is not None,
-        HAS_STATE=initial_state is not None,
-        HAS_SEQ=seq_idx is not None,
-        SILU=silu,
-        REVERSE=reverse,
-        W=width,
-        BL=tile_l,
-        BD=tile_d,
-        TILES=tiles,
-        num_warps=4,
+        x.stride(0),
+        x.stride(1),
+        cut.chunks,
+        cut.total,
+        cut.steps,
+        silu,
+        reverse,
+        width,
+        cut.unroll,
+        cut.rows,
+        cut.channels,
+        num_warps=WARPS,
     )
-    dinitial_state = None
-    if initial_state is not None:  # it touches the first W-1 outputs alone: too little for a kernel of its own
-        first = slice(-min(length, width - 1), None) if reverse else slice(0, width - 1)
-        seq_first = None if seq_idx is None else seq_idx[:, first]
-        dinitial_state = chunked.backward(
-            dout[:, first], x[:, first], weight, bias, initial_state, seq_first, silu, reverse
-        )[3]
     return (
         dx,
-        dweight.sum(0).t().to(weight.dtype).contiguous(),
-        None if bias is None else dbias.sum(0).to(bias.dtype),
-        dinitial_state,
+        dweight.sum(0).to(weight.dtype),
+        None if bias is None or dbias is None else dbias.sum(0).to(bias.dtype),
+        dstate,
     )
 
 
@@ -151,7 +190,3 @@ def update(
 
 def _channels_last(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
-
-
-def _tile_d(channels: int) -> int:
-    return min(64, max(16, triton.next_power_of_2(channels)))
