@@ -65,6 +65,14 @@ class Layer(nn.Module):
         hidden, state = self.mixer.mix(hidden, state=state, seq_idx=seq_idx, lengths=lengths, return_state=return_state)
         return hidden, residual, state
 
+    def from_stream(self, stream: Tensor, dtype: torch.dtype, *rest: Any) -> tuple[Tensor, Any]:
+        """The mixer's output in ``dtype`` and its state, from the sum of the pair: one tensor to keep, not two."""
+        hidden, _ = self.norm(stream)
+        state, seq_idx, lengths, return_state = rest
+        return self.mixer.mix(
+            hidden.to(dtype), state=state, seq_idx=seq_idx, lengths=lengths, return_state=return_state
+        )
+
 
 class Backbone(nn.Module):
     """A stack of residual layers around any sequence mixer.
@@ -149,11 +157,13 @@ class Backbone(nn.Module):
 
         hidden, residual, states = self.dropout(x), None, []
         for i, layer in enumerate(self.layers):
-            arguments = (hidden, residual, None if state is None else state.layers[i], seq_idx, lengths, return_state)
+            rest = (None if state is None else state.layers[i], seq_idx, lengths, return_state)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden, residual, new_state = checkpoint(layer, *arguments, use_reentrant=False)
+                wide = torch.promote_types(hidden.dtype, torch.float32)
+                residual = hidden.to(wide) if residual is None else residual + hidden
+                hidden, new_state = checkpoint(layer.from_stream, residual, hidden.dtype, *rest, use_reentrant=False)
             else:
-                hidden, residual, new_state = layer(*arguments)
+                hidden, residual, new_state = layer(hidden, residual, *rest)
             hidden = self.dropout(hidden)
             states.append(new_state)
         y, _ = self.norm_f(hidden, residual)
