@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mambakit.kernels import checks, dispatch
+from mambakit.kernels.registration import register
 from mambakit.kernels.scan import chunked
 from mambakit.kernels.scan.reference import HALF, direction_of, has_halves, scan_reference, state_dtype
 
@@ -76,8 +77,10 @@ def selective_scan(
         ValueError: a wrong shape or device, a length of 0, or a backend that cannot serve the call.
         TypeError: a wrong dtype.
     """
-    _check(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx)
-    _check_reverse(reverse, u, B, C)
+    if not _is_usual(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx):
+        _check(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx)
+    if reverse is not False:
+        _check_reverse(reverse, u, B, C)
     chosen = dispatch.choose(NAME, backend, u, _not_in_triton(u, delta, A, B, C)).backend
     arguments = (u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus, direction_of(reverse))
     if chosen == "reference":
@@ -85,6 +88,36 @@ def selective_scan(
     else:
         out, final_state, _ = _scan(*arguments, chosen)
     return (out, final_state) if return_final_state else out
+
+
+def _is_usual(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+) -> bool:
+    """Whether a call is plainly right, found out in a third of the time: all else is for ``_check`` to judge."""
+    if seq_idx is not None or not isinstance(u, Tensor) or not isinstance(A, Tensor):
+        return False
+    rows, states, device = u.shape, A.shape, u.device
+    if len(rows) != 3 or len(states) != 2 or states[0] != rows[2] or 0 in rows or 0 in states:
+        return False
+    vectors, lone = (*rows[:2], states[1]), rows[2:]
+    required = ((u, rows), (delta, rows), (A, states), (B, vectors), (C, vectors))
+    optional = ((D, lone), (z, rows), (delta_bias, lone), (initial_state, (rows[0], *states)))
+    return all(
+        isinstance(tensor, Tensor)
+        and tensor.shape == shape
+        and tensor.dtype in checks.FLOATS
+        and tensor.device == device
+        for tensor, shape in (*required, *(pair for pair in optional if pair[0] is not None))
+    )
 
 
 def _check(
@@ -106,9 +139,10 @@ def _check(
     d_state = A.shape[1]
     checks.check_dtype(NAME, "A", A, *checks.FLOATS, *checks.COMPLEX)
     for name, tensor in (("B", B), ("C", C)):
-        if tensor.dim() == 2:
+        axes = tensor.dim() if isinstance(tensor, Tensor) else 3
+        if axes == 2:
             checks.check_shape(NAME, name, tensor, channels=channels, d_state=d_state)
-        elif tensor.dim() == 4:
+        elif axes == 4:
             checks.check_shape(NAME, name, tensor, batch=batch, length=length, groups=None, d_state=d_state)
             if channels % tensor.shape[2]:
                 raise ValueError(
@@ -120,10 +154,9 @@ def _check(
     if initial_state is not None:
         checks.check_shape(NAME, "initial_state", initial_state, batch=batch, channels=channels, d_state=d_state)
         checks.check_dtype(NAME, "initial_state", initial_state, *numbers)
-    for name, maybe in (("u", u), ("delta", delta), ("z", z)):
-        if maybe is not None:
-            checks.check_shape(NAME, name, maybe, batch=batch, length=length, channels=channels)
-            checks.check_dtype(NAME, name, maybe, *checks.FLOATS)
+    for name, tensor in (("u", u), ("delta", delta), *(() if z is None else (("z", z),))):
+        checks.check_shape(NAME, name, tensor, batch=batch, length=length, channels=channels)
+        checks.check_dtype(NAME, name, tensor, *checks.FLOATS)
     for name, maybe in (("D", D), ("delta_bias", delta_bias)):
         if maybe is not None:
             checks.check_shape(NAME, name, maybe, channels=channels)
@@ -171,8 +204,7 @@ def _implementation(backend: str) -> ModuleType:
     return chunked
 
 
-@torch.library.custom_op("mambakit::selective_scan", mutates_args=())
-def _scan(
+def _forward(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -192,8 +224,7 @@ def _scan(
     )
 
 
-@_scan.register_fake
-def _(
+def _fake_forward(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -218,8 +249,7 @@ def _(
     )
 
 
-@torch.library.custom_op("mambakit::selective_scan_backward", mutates_args=())
-def _scan_backward(
+def _backward(
     dout: Tensor,
     dfinal_state: Tensor | None,
     u: Tensor,
@@ -258,8 +288,7 @@ def _scan_backward(
     return tuple(u.new_empty(0) if gradient is None else gradient for gradient in gradients)  # type: ignore[return-value]
 
 
-@_scan_backward.register_fake
-def _(
+def _fake_backward(
     dout: Tensor,
     dfinal_state: Tensor | None,
     u: Tensor,
@@ -298,4 +327,5 @@ def _differentiate(ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None, _
     return *given, None, None, None, None
 
 
-_scan.register_autograd(_differentiate, setup_context=_save)
+_scan = register("selective_scan", _forward, _fake_forward, _save, _differentiate)
+_scan_backward = register("selective_scan_backward", _backward, _fake_backward)

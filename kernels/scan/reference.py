@@ -8,16 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FORWARD, REVERSE, HALF = 0, 1, 2  # what ``direction`` can be, see ``direction_of``
+UP_TO_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def state_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of the recurrence: float32, widened to float64 or to complex where an argument is."""
     wide = torch.float32
     for tensor in tensors:
-        wide = torch.promote_types(wide, tensor.dtype)
+        if tensor.dtype not in UP_TO_FLOAT32:
+            wide = torch.promote_types(wide, tensor.dtype)
     return wide
-
-
-FORWARD, REVERSE, HALF = 0, 1, 2
 
 
 def direction_of(reverse: bool | str) -> int:

@@ -12,7 +12,7 @@ from mambakit.kernels import use_backend
 from mambakit.kernels.dispatch import TRITON_INSTALLED
 from mambakit.kernels.scan import lanes as lanes_module
 from mambakit.kernels.scan import selective_scan
-from mambakit.kernels.scan.op import _not_in_triton, _scan, _scan_backward
+from mambakit.kernels.scan.op import _is_usual, _not_in_triton, _scan, _scan_backward
 from mambakit.kernels.scan.reference import FORWARD, HALF
 from mambakit.kernels.testing import assert_close, poisoned_memory, random_tensor
 
@@ -431,6 +431,8 @@ def test_saved_memory_is_inputs_and_one_state_a_chunk() -> None:
         ({"u": torch.zeros(2, 0, 6)}, ValueError, r"u has shape \(2, 0, 6\).*at least one element"),
         ({"u": torch.zeros(2, 6)}, ValueError, r"u has shape \(2, 6\), expected \(batch, length, channels\)"),
         ({"delta": torch.zeros(2, 20, 6)}, ValueError, r"delta has shape \(2, 20, 6\), expected .*length=21"),
+        ({"delta": None}, TypeError, "delta must be a tensor, got NoneType"),
+        ({"C": [1.0]}, TypeError, "C must be a tensor, got list"),
         ({"A": torch.zeros(5, 3)}, ValueError, r"A has shape \(5, 3\), expected \(channels=6"),
         ({"A": torch.zeros(6, 3, dtype=torch.int64)}, TypeError, "A has dtype int64"),
         ({"B": torch.zeros(2, 21, 4)}, ValueError, r"B has shape .*d_state=3"),
@@ -441,6 +443,7 @@ def test_saved_memory_is_inputs_and_one_state_a_chunk() -> None:
         ({"D": torch.zeros(7)}, ValueError, r"D has shape \(7,\), expected \(channels=6\)"),
         ({"delta_bias": torch.zeros(6, dtype=torch.bool)}, TypeError, "delta_bias has dtype bool"),
         ({"initial_state": torch.zeros(2, 3, 6)}, ValueError, r"initial_state has shape \(2, 3, 6\)"),
+        ({"initial_state": torch.zeros(2, 6, 3, device="meta")}, ValueError, "initial_state is on meta, u is on cpu"),
         ({"seq_idx": torch.zeros(2, 20, dtype=torch.int32)}, ValueError, "seq_idx has shape"),
         ({"seq_idx": torch.zeros(2, 21)}, TypeError, "seq_idx has dtype float32, expected one of int32, int64"),
         ({"reverse": "both"}, ValueError, "reverse is 'both', expected False, True or \"half\""),
@@ -452,6 +455,24 @@ def test_saved_memory_is_inputs_and_one_state_a_chunk() -> None:
 def test_bad_arguments_are_named(change: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match="selective_scan: .*" + message):
         selective_scan(**arguments() | change)
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_a_plain_call_is_checked_the_short_way(optional: bool) -> None:
+    """What the short check accepts wrongly, the test above finds; here, that it accepts anything."""
+    given = arguments(optional=optional)
+    tensors = [given.get(name) for name in (*DIFFERENTIABLE, "seq_idx")]
+    assert _is_usual(*tensors)
+    assert not _is_usual(*tensors[:-1], torch.zeros(2, 21, dtype=torch.int32))
+
+
+def test_a_gradient_of_a_gradient_is_refused() -> None:
+    """By name where it would be needed, not silently left out of a sum."""
+    given = arguments()
+    u = given["u"].requires_grad_()
+    (gradient,) = torch.autograd.grad(selective_scan(**given, backend="torch")[0].sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError, match="for gradients of gradients use backend='reference'"):
+        (gradient.square().sum() + u.sum()).backward()
 
 
 @pytest.mark.skipif(not TRITON_INSTALLED, reason="triton is not installed")
