@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mambakit.generation.sampling import check_options, sample
+from mambakit.generation.graph import graphed_step
+from mambakit.generation.sampling import SamplingOptions, sample
 
 
 class StepwiseModel(Protocol):
@@ -92,18 +93,21 @@ def stream(
 
     Arguments are checked at the call, before the first id is asked for.
     """
-    check_options(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    options = SamplingOptions(temperature, top_k, top_p, min_p)
+    options.check()
     _check_prompt(prompt_ids, max_new_tokens, mask)
-
-    def draw(logits: Tensor) -> Tensor:
-        return sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, generator=generator)
-
-    return _stream(model, prompt_ids, max_new_tokens, mask, stop_ids, draw)
+    return _stream(model, prompt_ids, max_new_tokens, mask, stop_ids, options, generator)
 
 
 @torch.inference_mode()
 def _stream(
-    model: StepwiseModel, prompt_ids: Tensor, max_new_tokens: int, mask: Tensor | None, stop_ids: Any, draw: Any
+    model: StepwiseModel,
+    prompt_ids: Tensor,
+    max_new_tokens: int,
+    mask: Tensor | None,
+    stop_ids: Sequence[int],
+    options: SamplingOptions,
+    generator: torch.Generator | None,
 ) -> Iterator[Tensor]:
     if max_new_tokens == 0:
         return
@@ -112,17 +116,22 @@ def _stream(
     model.train(False)
     try:
         logits, state = model.prefill(prompt_ids, mask=mask)
-        ids = draw(logits)
+        ids = sample(logits, **options._asdict(), generator=generator)
         finished = torch.isin(ids, stops)
         yield ids
-        for _ in range(max_new_tokens - 1):
-            # Only a caller with stop ids pays for looking, which on a GPU waits for the device.
-            if len(stops) and bool(finished.all()):
-                return
-            logits, state = model.step(ids, state)
-            ids = torch.where(finished, ids, draw(logits))
-            finished = finished | torch.isin(ids, stops)
-            yield ids
+        with graphed_step(model, state, options, ids, max_new_tokens - 1) as graphed:
+            for _ in range(max_new_tokens - 1):
+                # Only a caller with stop ids pays for looking, which on a GPU waits for the device.
+                if len(stops) and bool(finished.all()):
+                    return
+                if graphed is not None:
+                    drawn = graphed(ids, generator)
+                else:
+                    logits, state = model.step(ids, state)
+                    drawn = sample(logits, **options._asdict(), generator=generator)
+                ids = torch.where(finished, ids, drawn) if len(stops) else drawn
+                finished = finished | torch.isin(ids, stops) if len(stops) else finished
+                yield ids
     finally:
         model.train(was_training)
 

@@ -5,8 +5,34 @@ Letters: B batch, V vocabulary.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class SamplingOptions(NamedTuple):
+    """How to draw from logits; see :func:`filter_logits`, and :func:`sample` for temperature 0."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def check(self) -> None:
+        """Raise ValueError, naming the option, unless each lies in its range."""
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(
+                f"temperature is {self.temperature}, expected 0 (the most probable id) or a finite number above it"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}, expected at least 1; leave it out to keep every id")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}, expected a probability above 0 and at most 1")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(
+                f"min_p is {self.min_p}, expected a share from 0 to 1 of the most probable id's probability"
+            )
 
 
 def filter_logits(
@@ -43,7 +69,7 @@ def filter_logits(
     Raises:
         ValueError: logits of another shape, or an option outside its range.
     """
-    check_options(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    SamplingOptions(temperature, top_k, top_p, min_p).check()
     _check_logits(logits)
     if temperature == 0:
         raise ValueError("filter_logits: temperature is 0, which is argmax and no distribution; call sample() for it")
@@ -86,24 +112,28 @@ def sample(
     Raises:
         ValueError: logits of another shape, or an option outside its range.
     """
+    options = SamplingOptions(temperature, top_k, top_p, min_p)
+    options.check()
+    _check_logits(logits)
     if temperature == 0:
-        check_options(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-        _check_logits(logits)
+        return pick(logits, None, options)
+    noise = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator)
+    return pick(logits, noise, options)
+
+
+def pick(logits: Tensor, noise: Tensor | None, options: SamplingOptions) -> Tensor:
+    """The ids (B,) int64 that ``noise`` draws: argmax of p_i / noise_i, an exponential race.
+
+    It has p's distribution, and never asks the device for an answer, as ``torch.multinomial`` does to check its input.
+
+    Args:
+        logits: (B, V).
+        noise: (B, V) drawn from Exp(1); None at temperature 0, where the largest logit wins.
+        options: of the draw.
+    """
+    if noise is None:
         return logits.argmax(dim=-1)
-    kept = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    return torch.multinomial(kept.softmax(dim=-1), 1, generator=generator).squeeze(-1)
-
-
-def check_options(*, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> None:
-    """Raise ValueError, naming the option, unless each lies in its range."""
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}, expected 0 (the most probable id) or a finite number above it")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}, expected at least 1; leave it out to keep every id")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}, expected a probability above 0 and at most 1")
-    if min_p is not None and not 0 <= min_p <= 1:
-        raise ValueError(f"min_p is {min_p}, expected a share from 0 to 1 of the most probable id's probability")
+    return (filter_logits(logits, **options._asdict()).softmax(dim=-1) / noise).argmax(dim=-1)
 
 
 def _check_logits(logits: Tensor) -> None:

@@ -1,0 +1,142 @@
+"""The two kernels of a fused decoding step: a linear map of few rows, and the selective state's step.
+
+Each reads its weights before ``gdc_wait``. With programmatic dependent launch (PDL, compute capability 9.0 on) the
+kernel starts while the one before it still runs, and ``gdc_wait`` holds it until the other's results are visible: the
+weights, which no kernel writes, then arrive during that time. Every kernel waits, so a kernel that has passed its wait
+knows all earlier ones of the step finished. Arithmetic is float32; what a model's own ``step`` rounds to the
+computing dtype between two operators is rounded here too.
+"""
+
+# Inside a kernel tuples grow step by step, which mypy takes for an assignment of another type.
+# mypy: disable-error-code="assignment, misc, var-annotated"
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+from mambakit.kernels.scan.triton_common import LOG2E, sigmoid, softplus
+
+
+@triton.jit
+def linear_step_kernel(
+    x, norm_weight, weight, bias, out, conv_state, conv_weight, conv_bias,
+    batch, x_b, K, R, conv_channels, eps,
+    NORM: tl.constexpr, ADD: tl.constexpr, W: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BR outputs of every row of the batch: out (B, R) = x (B, K) weight (R, K)ᵀ + bias. Grid (tiles of R,).
+
+    With NORM, x is normalised first (root mean square, gain ``norm_weight``); with ADD, out += instead of =; with W
+    above 0, the first ``conv_channels`` outputs go through SiLU(causal convolution) of width W with its state (B,
+    conv_channels, W-1), oldest input first. Every program normalises the whole row again: it is a few kilobytes.
+    """
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    k = tl.arange(0, BK)
+    in_r, in_k = r < R, k < K
+    tile = tl.load(weight + r.to(tl.int64)[:, None] * K + k[None, :], mask=in_r[:, None] & in_k[None, :], other=0.0)
+    if NORM:
+        gain = tl.load(norm_weight + k, mask=in_k, other=0.0).to(tl.float32)
+    if bias is not None:
+        shift = tl.load(bias + r, mask=in_r, other=0.0).to(tl.float32)
+    live = r < conv_channels
+    taps = ()
+    for j in tl.static_range(W):
+        taps += (tl.load(conv_weight + r * W + j, mask=live, other=0.0).to(tl.float32),)
+    if W > 0 and conv_bias is not None:
+        conv_shift = tl.load(conv_bias + r, mask=live, other=0.0).to(tl.float32)
+    if PDL:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
+    for row in range(batch):
+        # What the end needs is asked for at the beginning, so that it comes while the sums are made.
+        vector = tl.load(x + row * x_b + k, mask=in_k, other=0.0).to(tl.float32)
+        target = out + row * R + r
+        if ADD:
+            before = tl.load(target, mask=in_r, other=0.0).to(tl.float32)
+        window = ()
+        states = conv_state + (row * conv_channels + r) * (W - 1)
+        for j in tl.static_range(W - 1):
+            window += (tl.load(states + j, mask=live, other=0.0).to(tl.float32),)
+        if NORM:
+            scale = 1.0 / tl.sqrt(tl.sum(vector * vector, axis=0) / K + eps)
+            vector = (vector * scale * gain).to(weight.dtype.element_ty).to(tl.float32)
+        y = tl.sum(tile.to(tl.float32) * vector[None, :], axis=1)
+        if bias is not None:
+            y += shift
+        y = y.to(weight.dtype.element_ty).to(tl.float32)
+        tl.debug_barrier()  # threads may hold copies of one output: all have read before any writes in place
+        if W > 0:
+            filtered = taps[W - 1] * y
+            for j in tl.static_range(W - 1):
+                filtered += taps[j] * window[j]
+                if j > 0:
+                    tl.store(states + j - 1, window[j].to(conv_state.dtype.element_ty), mask=live)
+            tl.store(states + W - 2, y.to(conv_state.dtype.element_ty), mask=live)
+            if conv_bias is not None:
+                filtered += conv_shift
+            y = tl.where(live, filtered * sigmoid(filtered), y)
+        if ADD:
+            y += before
+        tl.store(target, y.to(out.dtype.element_ty), mask=in_r)
+
+
+@triton.jit
+def state_step_kernel(
+    state, x, z, selected, dt_weight, dt_bias, A_log, D, out,
+    channels, x_b, z_b, selected_b, P,
+    N: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """delta, the selective state's step and the gate, of BD channels of one row. Grid (tiles of channels, batch).
+
+    ``selected`` (B, P + 2N) holds delta's low-rank form, B and C. With delta = softplus(dt_weight dt + dt_bias) and
+    A = -exp(A_log): state <- exp(delta A) state + delta x B; out = (C state + D x) SiLU(z).
+    """
+    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    row = tl.program_id(1).to(tl.int64)
+    n, p = tl.arange(0, BN), tl.arange(0, BP)
+    in_d, in_n, in_p = d < channels, n < N, p < P
+    in_tile = in_d[:, None] & in_n[None, :]
+    projection = tl.load(dt_weight + d[:, None] * P + p[None, :], mask=in_d[:, None] & in_p[None, :], other=0.0)
+    rate = tl.load(A_log + d[:, None] * N + n[None, :], mask=in_tile, other=0.0).to(tl.float32)
+    rate = tl.exp2(rate * LOG2E) * -LOG2E
+    offset = tl.load(dt_bias + d, mask=in_d, other=0.0).to(tl.float32)
+    skip = tl.load(D + d, mask=in_d, other=0.0).to(tl.float32)
+    # The last step wrote the state, so it too may be read before the wait.
+    states = state + (row * channels + d)[:, None] * N + n[None, :]
+    h = tl.load(states, mask=in_tile, other=0.0).to(tl.float32)
+    if PDL:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
+    selected += row * selected_b
+    low_rank = tl.load(selected + p, mask=in_p, other=0.0).to(tl.float32)
+    entry = tl.load(selected + P + n, mask=in_n, other=0.0).to(tl.float32)
+    exit = tl.load(selected + P + N + n, mask=in_n, other=0.0).to(tl.float32)
+    value = tl.load(x + row * x_b + d, mask=in_d, other=0.0).to(tl.float32)
+    gate = tl.load(z + row * z_b + d, mask=in_d, other=0.0).to(tl.float32)
+
+    raw = tl.sum(projection.to(tl.float32) * low_rank[None, :], axis=1)
+    step = softplus(raw.to(dt_weight.dtype.element_ty).to(tl.float32) + offset)
+    h = tl.exp2(step[:, None] * rate) * h + (step * value)[:, None] * entry[None, :]
+    tl.store(states, h.to(state.dtype.element_ty), mask=in_tile)
+    y = tl.sum(h * exit[None, :], axis=1) + skip * value
+    y *= gate * sigmoid(gate)
+    tl.store(out + row * channels + d, y.to(out.dtype.element_ty), mask=in_d)
+
+
+def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]]:
+    """(kernel, signature, constexprs, num_warps) of typical calls, for tests/kernels/test_triton_compiles.py."""
+    half, wide = "*bf16", "*fp32"
+    pointers = {"x": wide, "norm_weight": half, "weight": half, "bias": half, "out": half, "conv_state": wide}
+    signature = pointers | {"conv_weight": half, "conv_bias": half}
+    signature |= dict.fromkeys(("batch", "x_b", "K", "R", "conv_channels"), "i32") | {"eps": "fp32"}
+    tile = {"BR": 8, "BK": 1024, "PDL": False}
+    yield linear_step_kernel, signature, {"NORM": True, "ADD": False, "W": 4} | tile, 4
+    yield linear_step_kernel, signature | {"x": half, "out": wide}, {"NORM": False, "ADD": True, "W": 0} | tile, 4
+    signature = dict.fromkeys(("state",), wide) | dict.fromkeys(("x", "z", "selected", "dt_weight"), half)
+    signature |= dict.fromkeys(("dt_bias", "A_log", "D", "out"), half)
+    signature |= dict.fromkeys(("channels", "x_b", "z_b", "selected_b", "P"), "i32")
+    yield state_step_kernel, signature, {"N": 16, "BN": 16, "BP": 64, "BD": 16, "PDL": False}, 4
