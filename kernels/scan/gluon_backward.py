@@ -1,0 +1,476 @@
+"""The backward scan in Gluon. With g_t the gradient of y_t before the gate, the gradient of the state h_t is
+
+    s_t = C_t g_t + exp(delta_{t+1} A) s_{t+1},
+
+a scan from the end. Read gluon_common.py's head first.
+"""
+
+# Inside a kernel tuples grow step by step, which mypy takes for an assignment of another type.
+# mypy: disable-error-code="assignment, misc, var-annotated, attr-defined, no-untyped-call, operator"
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.runtime.jit import constexpr_function
+
+from mambakit.kernels.scan.gluon_common import (
+    LN2,
+    LOG2E,
+    load_keep,
+    load_tile,
+    plain_shared,
+    row_of,
+    sigmoid,
+    softplus,
+    stack,
+    state_layout,
+    tile_layout,
+)
+from mambakit.kernels.scan.gluon_forward import direction_of
+from mambakit.kernels.scan.gluon_launch import CHUNK, cut, dense_float, multiprocessors, segment_states
+from mambakit.kernels.scan.reference import HALF
+from mambakit.kernels.scan.triton_common import device_guard, group_count, row_strides, unit_stride, vector_strides
+
+
+@constexpr_function
+def sum_layout(T2, N, NW):
+    """Of [2 T, pairs of channels, N] partial products of dB and dC, to be added up over the middle axis."""
+    vector = min(2, N)
+    across = min(32, N // vector)
+    return gl.BlockedLayout([1, 1, vector], [1, 32 // across, across], [NW, 1, 1], [2, 1, 0])
+
+
+@constexpr_function
+def cube_shared():
+    return gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+
+
+@gluon.jit
+def over_channels(x, BD: gl.constexpr, N: gl.constexpr, CPT: gl.constexpr):
+    """[BD / CPT, N]: each thread's sum over its own channels."""
+    return gl.sum(x.reshape([BD // CPT, CPT, N]), axis=1)
+
+
+@gluon.jit
+def last_first(tiles):
+    """The tuple turned round."""
+    turned = ()
+    for i in gl.static_range(len(tiles)):
+        turned += (tiles[len(tiles) - 1 - i],)
+    return turned
+
+
+@gluon.jit
+def stack_tiles(tiles, T: gl.constexpr, K: gl.constexpr, N: gl.constexpr):
+    """[T, K, N] of a tuple of T tensors [K, N]; T a power of two."""
+    for k in gl.static_range(T.bit_length() - 1):
+        paired = ()
+        for i in gl.static_range(T >> (k + 1)):
+            paired += (gl.join(tiles[i], tiles[i + (T >> (k + 1))]),)
+        tiles = paired
+    return tiles[0].reshape([K, N, T]).permute((2, 0, 1))
+
+
+@gluon.jit
+def kept(keeps, t, layout: gl.constexpr):
+    """Whether the state before step t of a tile reaches it, to broadcast over a [BD, N] tile."""
+    return gl.expand_dims(row_of(keeps, t).load(layout), 1) > 0.0
+
+
+@gluon.jit
+def step_tile(delta_tile, u_tile, offset, valid, SOFTPLUS: gl.constexpr):
+    """(step sizes, step times input), both 0 where a step lies outside the sequence."""
+    dt = delta_tile.to(gl.float32) + gl.expand_dims(offset, 0)
+    if SOFTPLUS:
+        dt = softplus(dt)
+    dt = gl.where(valid, dt, 0.0)
+    return dt, dt * u_tile.to(gl.float32)
+
+
+@gluon.jit
+def scan_backward_kernel(
+    dout, dfinal, u, delta, A, B, C, D, z, bias, seq_idx, checkpoints, products, ends,
+    du, ddelta, dz, out, dA, dBC, dD, dbias, dinitial,
+    length, channels, group_channels, blocks_per_group, blocks, groups, B_share, C_share, segments, segment_length,
+    u_b, u_l, delta_b, delta_l, z_b, z_l, dout_b, dout_l, du_b, du_l, dz_b, dz_l, seq_b,
+    B_b, B_l, B_g, C_b, C_l, C_g,
+    N: gl.constexpr, T: gl.constexpr, CPT: gl.constexpr, SPT: gl.constexpr, NW: gl.constexpr, CHUNK: gl.constexpr,
+    SOFTPLUS: gl.constexpr, DIRECTION: gl.constexpr,
+):  # fmt: skip
+    layout: gl.constexpr = state_layout(N, CPT, NW, SPT)
+    BD: gl.constexpr = 32 * SPT // N * CPT * NW
+    PARTS: gl.constexpr = CHUNK // T
+    rows: gl.constexpr = tile_layout(T, BD, NW)
+    vectors: gl.constexpr = tile_layout(T, N, NW)
+    sums: gl.constexpr = sum_layout(2 * T, N, NW)
+    channel: gl.constexpr = gl.SliceLayout(1, layout)
+    state: gl.constexpr = gl.SliceLayout(0, layout)
+
+    segment = gl.program_id(0) % segments
+    block = gl.program_id(0) // segments % blocks
+    b = (gl.program_id(0) // segments // blocks).to(gl.int64)
+    batch = gl.num_programs(0) // segments // blocks
+    group = block // blocks_per_group
+    start_d = block % blocks_per_group * BD
+    direction = direction_of(group, groups, DIRECTION)
+    local = start_d + gl.arange(0, BD, layout=gl.SliceLayout(0, rows))
+    in_d = local < group_channels
+    d = group * group_channels + local
+    in_row = gl.expand_dims(in_d, 0)
+    n = gl.arange(0, N, layout=gl.SliceLayout(0, vectors))
+    local_h = start_d + gl.arange(0, BD, layout=channel)
+    in_h = gl.expand_dims(local_h < group_channels, 1)
+    tile = gl.expand_dims(group * group_channels + local_h, 1) * N + gl.expand_dims(gl.arange(0, N, layout=state), 0)
+    row_states = channels * N
+
+    start = segment * segment_length
+    count = gl.minimum(segment_length, length - start)
+    position = start.to(gl.int64)
+    if DIRECTION == 1:
+        position = length - 1 - position
+    if DIRECTION == 2:
+        position = gl.where(direction == 1, position, length - 1 - position)
+
+    u += b * u_b + position * u_l
+    delta += b * delta_b + position * delta_l
+    dout += b * dout_b + position * dout_l
+    du += b * du_b + position * du_l
+    ddelta += (b * length + position) * channels
+    if z is not None:
+        z += b * z_b + position * z_l
+        dz += b * dz_b + position * dz_l
+    if out is not None:
+        out += (b * length + position) * channels
+    if seq_idx is not None:
+        seq_idx += b * seq_b + position
+    B += b * B_b + (group // B_share).to(gl.int64) * B_g + position * B_l
+    C += b * C_b + (group // C_share).to(gl.int64) * C_g + position * C_l
+    dBC += ((block.to(gl.int64) * batch + b) * length + position) * N
+    plane = blocks.to(gl.int64) * batch * length * N
+    checkpoints += (b * ((length + CHUNK - 1) // CHUNK) + start // CHUNK) * row_states
+
+    A2 = gl.load(A + tile, mask=in_h, other=0.0) * LOG2E
+    offset = gl.zeros([BD], gl.float32, layout=gl.SliceLayout(0, rows))
+    skip = gl.zeros([BD], gl.float32, layout=gl.SliceLayout(0, rows))
+    if bias is not None:
+        offset = gl.load(bias + d, mask=in_d, other=0.0).to(gl.float32)
+        dbias_tile = gl.zeros([T, BD], gl.float32, layout=rows)
+    if D is not None:
+        skip = gl.load(D + d, mask=in_d, other=0.0).to(gl.float32)
+        dD_tile = gl.zeros([T, BD], gl.float32, layout=rows)
+    dA_tile = gl.zeros([BD, N], gl.float32, layout=layout)
+    # s: the gradient that reaches a state from all later steps.
+    s = gl.zeros([BD, N], gl.float32, layout=layout)
+    if dfinal is not None:
+        s = gl.load(dfinal + b * row_states + tile, mask=in_h, other=0.0).to(gl.float32)
+    if products is not None:
+        for later in range(0, segments - 1 - segment):
+            slot = (b * segments + segments - 1 - later) * row_states + tile
+            decay = gl.load(products + slot, mask=in_h, other=0.0)
+            s = decay * s + gl.load(ends + slot, mask=in_h, other=0.0)
+
+    deltas = gl.allocate_shared_memory(gl.float32, [PARTS, T, BD], plain_shared())
+    inputs = gl.allocate_shared_memory(gl.float32, [PARTS, T, BD], plain_shared())
+    Bs = gl.allocate_shared_memory(gl.float32, [PARTS, T, N], plain_shared())
+    Cs = gl.allocate_shared_memory(gl.float32, [PARTS, T, N], plain_shared())
+    states = gl.allocate_shared_memory(gl.float32, [PARTS, BD, N], plain_shared())
+    gs = gl.allocate_shared_memory(gl.float32, [T, BD], plain_shared())
+    ys = gl.allocate_shared_memory(gl.float32, [T, BD], plain_shared())
+    sBs = gl.allocate_shared_memory(gl.float32, [T, BD], plain_shared())
+    throughs = gl.allocate_shared_memory(gl.float32, [T, BD], plain_shared())
+    shares = gl.allocate_shared_memory(gl.float32, [2 * T, BD // CPT, N], cube_shared())
+    if seq_idx is not None:
+        keeps = gl.allocate_shared_memory(gl.float32, [PARTS, T, 1], plain_shared())
+    i_rows = gl.arange(0, T, layout=gl.SliceLayout(1, rows))
+    i_vectors = gl.arange(0, T, layout=gl.SliceLayout(1, vectors))
+
+    parts = (count + T - 1) // T
+    for back in range(0, PARTS):
+        q = parts - 1 - back
+        left = gl.where(q < 0, 0, count - q * T)
+        valid = gl.expand_dims(i_rows < left, 1) & in_row
+        inside = gl.expand_dims(i_vectors < left, 1)
+        here = direction * q.to(gl.int64) * T
+        u_tile = load_tile(u, here, direction, u_l, d, valid, T, rows)
+        delta_tile = load_tile(delta, here, direction, delta_l, d, valid, T, rows)
+        B_tile = load_tile(B, here, direction, B_l, n, inside, T, vectors)
+        C_tile = load_tile(C, here, direction, C_l, n, inside, T, vectors)
+        dt, x = step_tile(delta_tile, u_tile, offset, valid, SOFTPLUS)
+        slot = (q + PARTS) % PARTS
+        deltas.index(slot).store(dt)
+        inputs.index(slot).store(x)
+        Bs.index(slot).store(B_tile.to(gl.float32))
+        Cs.index(slot).store(C_tile.to(gl.float32))
+        if seq_idx is not None:
+            step = gl.where(q < 0, count, q * T)
+            keeps.index(slot).store(load_keep(seq_idx, here, direction, direction, step, count, -start, T, rows))
+
+    here = direction * (parts - 1).to(gl.int64) * T
+    valid = gl.expand_dims(i_rows < count - (parts - 1) * T, 1) & in_row
+    u_now = load_tile(u, here, direction, u_l, d, valid, T, rows)
+    g = load_tile(dout, here, direction, dout_l, d, valid, T, rows).to(gl.float32)
+    gate_slope = g
+    gate_value = gl.full([T, BD], 1.0, gl.float32, layout=rows)
+    if z is not None:
+        gate = load_tile(z, here, direction, z_l, d, valid, T, rows).to(gl.float32)
+        opening = sigmoid(gate)
+        gate_slope = g * (opening * (1.0 + gate * (1.0 - opening)))
+        gate_value = gate * opening
+        g = g * gate_value
+    gs.store(g)
+
+    for chunk in range((count - 1) // CHUNK, -1, -1):
+        h = gl.load(checkpoints + chunk.to(gl.int64) * row_states + tile, mask=in_h, other=0.0)
+        parts = (gl.minimum(CHUNK, count - chunk * CHUNK) + T - 1) // T
+        for part in range(0, parts - 1):
+            states.index(part).store(h)
+            for t in gl.static_range(T):
+                a = gl.exp2(gl.expand_dims(row_of(deltas.index(part), t).load(channel), 1) * A2)
+                entry = gl.expand_dims(row_of(inputs.index(part), t).load(channel), 1) * gl.expand_dims(
+                    row_of(Bs.index(part), t).load(state), 0
+                )
+                if seq_idx is not None:
+                    h = gl.where(kept(keeps.index(part), t, channel), h, 0.0)
+                h = a * h + entry
+        states.index(parts - 1).store(h)
+
+        for part in range(parts - 1, -1, -1):
+            q = chunk * PARTS + part
+            here = direction * q.to(gl.int64) * T
+            before = here - direction * T
+            behind = here - direction * CHUNK
+            # Loads for the part before this one, and for the same part of the chunk before, fly during this one's work.
+            present = gl.expand_dims(i_rows < count - q * T, 1) & in_row
+            valid = gl.expand_dims((i_rows >= 0) & (q > 0), 1) & in_row
+            u_next = load_tile(u, before, direction, u_l, d, valid, T, rows)
+            g_next = load_tile(dout, before, direction, dout_l, d, valid, T, rows)
+            z_next = g_next
+            if z is not None:
+                z_next = load_tile(z, before, direction, z_l, d, valid, T, rows)
+            valid = gl.expand_dims((i_rows >= 0) & (chunk > 0), 1) & in_row
+            inside = gl.expand_dims((i_vectors >= 0) & (chunk > 0), 1)
+            u_behind = load_tile(u, behind, direction, u_l, d, valid, T, rows)
+            delta_behind = load_tile(delta, behind, direction, delta_l, d, valid, T, rows)
+            B_behind = load_tile(B, behind, direction, B_l, n, inside, T, vectors)
+            C_behind = load_tile(C, behind, direction, C_l, n, inside, T, vectors)
+
+            h = states.index(part).load(layout)
+            hs = ()
+            decays = ()
+            for t in gl.static_range(T):
+                a = gl.exp2(gl.expand_dims(row_of(deltas.index(part), t).load(channel), 1) * A2)
+                entry = gl.expand_dims(row_of(inputs.index(part), t).load(channel), 1) * gl.expand_dims(
+                    row_of(Bs.index(part), t).load(state), 0
+                )
+                hs += (h,)
+                decays += (a,)
+                if seq_idx is not None:
+                    h = gl.where(kept(keeps.index(part), t, channel), h, 0.0)
+                h = a * h + entry
+            y_rows = ()
+            sB_rows = ()
+            through_rows = ()
+            dB_shares = ()
+            dC_shares = ()
+            for t in gl.static_range(T - 1, -1, -1):
+                C_row = gl.expand_dims(row_of(Cs.index(part), t).load(state), 0)
+                g_row = gl.expand_dims(row_of(gs, t).load(channel), 1)
+                s = s + g_row * C_row
+                y_rows += (gl.sum(h * C_row, axis=1),)
+                dC_shares += (over_channels(h * g_row, BD, N, CPT),)
+                h = hs[t]
+                B_row = gl.expand_dims(row_of(Bs.index(part), t).load(state), 0)
+                sB_rows += (gl.sum(s * B_row, axis=1),)
+                x_row = gl.expand_dims(row_of(inputs.index(part), t).load(channel), 1)
+                dB_shares += (over_channels(s * x_row, BD, N, CPT),)
+                s = s * decays[t]
+                # s_t times the decayed state, what both delta and A multiply.
+                through = s * h
+                if seq_idx is not None:
+                    keep = kept(keeps.index(part), t, channel)
+                    s = gl.where(keep, s, 0.0)
+                    through = gl.where(keep, through, 0.0)
+                dA_tile += gl.expand_dims(row_of(deltas.index(part), t).load(channel), 1) * through
+                through_rows += (gl.sum(through * A2, axis=1),)
+
+            dt = deltas.index(part).load(rows)
+            g = gs.load(rows)
+            ys.store(stack(last_first(y_rows), T, BD))
+            sBs.store(stack(last_first(sB_rows), T, BD))
+            throughs.store(stack(last_first(through_rows), T, BD))
+            shares.store(stack_tiles(last_first(dC_shares + dB_shares), 2 * T, BD // CPT, N))
+            sB = sBs.load(rows)
+            x = u_now.to(gl.float32)
+            y = ys.load(rows) + gl.expand_dims(skip, 0) * x
+            if out is not None:
+                at = here * channels + gl.expand_dims(i_rows * (direction * channels), 1) + gl.expand_dims(d, 0)
+                gl.store(out + at, (y * gate_value).to(out.dtype.element_ty), mask=present)
+            if z is not None:
+                dz_tile = gate_slope * y
+                at = here * dz_l + gl.expand_dims(i_rows * (direction * dz_l), 1) + gl.expand_dims(d, 0)
+                gl.store(dz + at, dz_tile.to(dz.dtype.element_ty), mask=present)
+            du_tile = gl.expand_dims(skip, 0) * g + dt * sB
+            at = here * du_l + gl.expand_dims(i_rows * (direction * du_l), 1) + gl.expand_dims(d, 0)
+            gl.store(du + at, du_tile.to(du.dtype.element_ty), mask=present)
+            slope = x * sB + throughs.load(rows) * LN2
+            if SOFTPLUS:
+                # The derivative of softplus, 1 - exp(-dt), by its series where the difference cancels.
+                series = dt * (1.0 - dt * (0.5 - dt * (0.1666666667 - dt * 0.0416666667)))
+                slope *= gl.where(dt < 0.03, series, 1.0 - gl.exp2(-dt * LOG2E))
+            at = here * channels + gl.expand_dims(i_rows * (direction * channels), 1) + gl.expand_dims(d, 0)
+            gl.store(ddelta + at, slope.to(ddelta.dtype.element_ty), mask=present)
+            if bias is not None:
+                dbias_tile += gl.where(present, slope, 0.0)
+            if D is not None:
+                dD_tile += g * x
+
+            # B's and C's gradients, summed over this program's channels.
+            total = gl.sum(shares.load(sums), axis=1)
+            i_sums = gl.arange(0, 2 * T, layout=gl.SliceLayout(1, gl.SliceLayout(1, sums)))
+            n_sums = gl.arange(0, N, layout=gl.SliceLayout(0, gl.SliceLayout(1, sums)))
+            t_sums = i_sums % T
+            at = gl.where(i_sums < T, 0, plane) + (here + t_sums * direction) * N
+            gl.store(
+                dBC + gl.expand_dims(at, 1) + gl.expand_dims(n_sums, 0), total,
+                mask=gl.expand_dims(t_sums < count - q * T, 1),
+            )  # fmt: skip
+
+            u_now = u_next
+            g = g_next.to(gl.float32)
+            gate_slope = g
+            gate_value = gl.full([T, BD], 1.0, gl.float32, layout=rows)
+            if z is not None:
+                gate = z_next.to(gl.float32)
+                opening = sigmoid(gate)
+                gate_slope = g * (opening * (1.0 + gate * (1.0 - opening)))
+                gate_value = gate * opening
+                g = g * gate_value
+            gs.store(g)
+            dt, x = step_tile(delta_behind, u_behind, offset, valid, SOFTPLUS)
+            deltas.index(part).store(dt)
+            inputs.index(part).store(x)
+            Bs.index(part).store(B_behind.to(gl.float32))
+            Cs.index(part).store(C_behind.to(gl.float32))
+            if seq_idx is not None:
+                step = gl.where(chunk == 0, count, q * T - CHUNK)
+                keep = load_keep(seq_idx, behind, direction, direction, step, count, -start, T, rows)
+                keeps.index(part).store(keep)
+
+    at = (b * segments + segment) * row_states + tile
+    gl.store(dA + at, dA_tile, mask=in_h)
+    if dinitial is not None:
+        gl.store(dinitial + b * row_states + tile, s, mask=in_h & (segment == 0))
+    if bias is not None:
+        gl.store(dbias + (b * segments + segment) * channels + d, gl.sum(dbias_tile, axis=0), mask=in_d)
+    if D is not None:
+        gl.store(dD + (b * segments + segment) * channels + d, gl.sum(dD_tile, axis=0), mask=in_d)
+
+
+class Config(NamedTuple):
+    """Steps a tile, channels and states a thread, warps a program; see gluon_common.py."""
+
+    steps: int = 8
+    channels: int = 2
+    states: int = 4
+    warps: int = 8
+    segments: int = 1
+
+
+def config_for(d_state: int) -> Config:
+    """Shared memory holds 128 channels at 16 states: fewer warps below, fewer channels a thread far above."""
+    return Config(channels=2 if d_state < 128 else 1, warps=min(8, max(2, d_state // 2)))
+
+
+def scan_backward(
+    dout: Tensor,
+    dfinal_state: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    checkpoints: Tensor,
+    delta_softplus: bool,
+    direction: int,
+    recompute_out: bool = False,
+    *,
+    du: Tensor | None = None,
+    dz: Tensor | None = None,
+    config: Config | None = None,
+) -> tuple[Tensor | None, ...]:
+    """As :func:`mambakit.kernels.scan.triton_backward.scan_backward`; du, dz: (B, L, D) tensors to write into."""
+    batch, length, channels = u.shape
+    d_state = A.shape[1]
+    config = config or config_for(d_state)
+    dout, u, delta, z, B, C = (unit_stride(tensor) for tensor in (dout, u, delta, z, B, C))
+    A32, dfinal_state = dense_float(A), dense_float(dfinal_state)
+    D, delta_bias, seq_idx = unit_stride(D), unit_stride(delta_bias), unit_stride(seq_idx)
+    shape = (batch, length, channels, d_state, group_count(B), group_count(C), direction == HALF)
+    plan = cut(*shape, multiprocessors(u.device))
+    tile = 32 * config.states // d_state * config.channels * config.warps
+    blocks_per_group = -(-channels // plan.groups // tile)
+    blocks = plan.groups * blocks_per_group
+    chunks = -(-length // CHUNK)
+    segment_length = -(-chunks // config.segments) * CHUNK
+    segments = -(-length // segment_length)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=u.device)
+
+    du = torch.empty(u.shape, dtype=u.dtype, device=u.device) if du is None else du
+    ddelta = torch.empty(u.shape, dtype=delta.dtype, device=u.device)
+    if z is not None and dz is None:
+        dz = torch.empty(u.shape, dtype=z.dtype, device=u.device)
+    out = torch.empty(u.shape, dtype=u.dtype, device=u.device) if recompute_out else None
+    dA = empty(batch * segments, channels, d_state)
+    dBC = empty(2, blocks, batch, length, d_state)
+    dD, dbias = (None if t is None else empty(batch * segments, channels) for t in (D, delta_bias))
+    dinitial = None if initial_state is None else empty(batch, channels, d_state)
+    with device_guard(u):
+        products = ends = None
+        if segments > 1:
+            products, ends = segment_states(
+                dout, delta, A32, C, z, delta_bias, seq_idx, delta_softplus, direction,
+                plan._replace(segments=segments, segment_length=segment_length), plan.C_share, True,
+            )  # fmt: skip
+        scan_backward_kernel[(batch * blocks * segments,)](
+            dout, dfinal_state, u, delta, A32, B, C, D, z, delta_bias, seq_idx, checkpoints, products, ends,
+            du, ddelta, dz, out, dA, dBC, dD, dbias, dinitial,
+            length, channels, channels // plan.groups, blocks_per_group, blocks, plan.groups,
+            plan.B_share, plan.C_share, segments, segment_length,
+            *row_strides(u), *row_strides(delta), *row_strides(z), *row_strides(dout), *row_strides(du),
+            *row_strides(dz), row_strides(seq_idx)[0], *vector_strides(B), *vector_strides(C),
+            N=d_state, T=config.steps, CPT=config.channels, SPT=config.states, NW=config.warps, CHUNK=CHUNK,
+            SOFTPLUS=delta_softplus, DIRECTION=direction, num_warps=config.warps,
+        )  # fmt: skip
+    dB, dC = dBC[0], dBC[1]
+    gradients = (
+        du,
+        ddelta,
+        dA.sum(0).to(A.dtype),
+        vector_gradient(dB, B),
+        vector_gradient(dC, C),
+        None if D is None or dD is None else dD.sum(0).to(D.dtype),
+        dz,
+        None if delta_bias is None or dbias is None else dbias.sum(0).to(delta_bias.dtype),
+        None if dinitial is None or initial_state is None else dinitial.to(initial_state.dtype),
+    )
+    return (*gradients, out) if recompute_out else gradients
+
+
+def vector_gradient(partial: Tensor, vector: Tensor) -> Tensor:
+    """Add up the partial sums (blocks, B, L, N) of B's or C's gradient over each group's blocks."""
+    if vector.dim() == 3:
+        return partial.sum(0).to(vector.dtype)
+    by_group = partial.unflatten(0, (vector.shape[2], -1)).sum(1)
+    return by_group.permute(1, 2, 0, 3).to(vector.dtype).contiguous()

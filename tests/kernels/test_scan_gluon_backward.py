@@ -1,0 +1,146 @@
+"""The Gluon backward scan: its gradients against the definition in float64 on a GPU; that it compiles, anywhere."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mambakit.kernels.scan.reference import FORWARD, HALF, REVERSE, scan_reference
+from mambakit.kernels.testing import assert_close, poisoned_memory, random_tensor
+
+pytest.importorskip("triton")
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="Gluon has no interpreter: these need a GPU")
+
+NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+
+
+def arguments(
+    length: int,
+    batch: int = 2,
+    channels: int = 160,
+    d_state: int = 16,
+    groups: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    without: tuple[str, ...] = (),
+    packed: bool = False,
+) -> dict[str, Any]:
+    """Random arguments of the scan on the GPU, in its order; ``without`` names the ones that are None."""
+
+    def numbers(seed: int, *shape: int, kind: torch.dtype = torch.float32) -> Tensor:
+        return random_tensor(*shape, seed=length + seed, dtype=kind, device="cuda")
+
+    vector = (batch, length, d_state) if groups is None else (batch, length, groups, d_state)
+    row = (batch, length, channels)
+    given: dict[str, Any] = {
+        "u": numbers(1, *row, kind=dtype),
+        "delta": numbers(2, *row, kind=dtype),
+        "A": -numbers(3, channels, d_state).abs() - 0.2,
+        "B": numbers(4, *vector, kind=dtype),
+        "C": numbers(5, *vector, kind=dtype),
+        "D": numbers(6, channels),
+        "z": numbers(7, *row, kind=dtype),
+        "delta_bias": numbers(8, channels) - 3,
+        "initial_state": numbers(9, batch, channels, d_state),
+        "seq_idx": (torch.arange(length, device="cuda") // 37).int().expand(batch, length) if packed else None,
+    }
+    return given | dict.fromkeys(without)
+
+
+CASES: dict[str, tuple[dict[str, Any], bool, int]] = {
+    **{f"length {length}": ({"length": length}, True, FORWARD) for length in (1, 2, 31, 64, 65, 197, 300)},
+    "nothing optional": (
+        {"length": 65, "without": ("D", "z", "delta_bias", "initial_state")}, False, FORWARD
+    ),
+    "packed": ({"length": 197, "packed": True}, True, FORWARD),
+    "packed, reverse": ({"length": 197, "packed": True}, True, REVERSE),
+    "halves": ({"length": 130, "channels": 320}, True, HALF),
+    "halves in groups": ({"length": 197, "channels": 320, "groups": 2, "packed": True}, True, HALF),
+    "four states": ({"length": 100, "d_state": 4}, True, FORWARD),
+    "many states": ({"length": 100, "d_state": 128}, True, REVERSE),
+    "bfloat16": ({"length": 300, "dtype": torch.bfloat16}, True, FORWARD),
+    "float16": ({"length": 70, "dtype": torch.float16}, True, FORWARD),
+}  # fmt: skip
+
+
+@gpu
+@pytest.mark.parametrize("case", list(CASES))
+def test_gradients_match_the_definition_and_repeat_to_the_bit(case: str) -> None:
+    from mambakit.kernels.scan.gluon_backward import scan_backward
+    from mambakit.kernels.scan.gluon_launch import scan_forward
+
+    shape, softplus, direction = CASES[case]
+    given = arguments(**shape)
+    if not softplus:
+        given["delta"] = given["delta"].abs() * 0.1
+    dout = random_tensor(*given["u"].shape, seed=10, dtype=given["u"].dtype, device="cuda")
+    dfinal = random_tensor(dout.shape[0], *given["A"].shape, seed=11, device="cuda")
+    wide = {
+        name: value if value is None or name == "seq_idx" else value.double().requires_grad_()
+        for name, value in given.items()
+    }
+    out, final = scan_reference(*wide.values(), softplus, direction)
+    torch.autograd.backward([out, final], [dout.double(), dfinal.double()])
+
+    _, _, checkpoints = scan_forward(*given.values(), softplus, direction)
+    call = (dout, dfinal, *given.values(), checkpoints, softplus, direction, True)
+    with poisoned_memory():
+        *gradients, again = scan_backward(*call)
+    repeated = scan_backward(*call)
+    assert_close("out", again, out)
+    for name, gradient, same in zip(NAMES, gradients, repeated, strict=False):
+        if given[name] is None:
+            assert gradient is None
+        else:
+            assert_close(f"d{name}", gradient, wide[name].grad)
+            assert torch.equal(gradient, same), f"d{name} differs between two runs"
+
+
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from mambakit.kernels.scan.gluon_backward import Config, config_for, scan_backward_kernel as kernel
+
+OPTIONAL = {"dfinal", "D", "z", "bias", "seq_idx", "products", "ends", "dz", "out", "dD", "dbias", "dinitial"}
+VECTORS = {"A", "D", "bias", "dfinal", "checkpoints", "products", "ends", "dA", "dBC", "dD", "dbias", "dinitial"}
+POINTERS = {"dout", "u", "delta", "B", "C", "du", "ddelta"} | OPTIONAL | VECTORS
+for d_state, full, direction in ((16, True, 2), (16, False, 0), (4, False, 1), (128, False, 0)):
+    config = config_for(d_state)
+    constants = dict(N=d_state, T=config.steps, CPT=config.channels, SPT=config.states, NW=config.warps, CHUNK=64,
+                     SOFTPLUS=full, DIRECTION=direction)
+    signature, values, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants or (name in OPTIONAL and not full):
+            signature[name], values[(i,)] = "constexpr", constants.get(name)
+        elif name in POINTERS:
+            signature[name] = "*i32" if name == "seq_idx" else "*fp32" if name in VECTORS else "*bf16"
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
+            attributes[(i,)] = [["tt.divisibility", 16]] if "_" in name else []
+    source = GluonASTSource(kernel, signature, values, attributes)
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": config.warps})
+    assert len(binary.asm["cubin"]) > 1000
+    assert binary.metadata.shared <= 227 * 1024, binary.metadata.shared
+    print("compiled", d_state, full, direction)
+"""
+
+
+@pytest.mark.slow
+def test_the_kernel_compiles_for_hopper_and_fits_its_shared_memory(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)  # an old result must not stand for this one
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("compiled") == 4
