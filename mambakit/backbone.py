@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -161,7 +161,8 @@ class Backbone(nn.Module):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 wide = torch.promote_types(hidden.dtype, torch.float32)
                 residual = hidden.to(wide) if residual is None else residual + hidden
-                hidden, new_state = checkpoint(layer.from_stream, residual, hidden.dtype, *rest, use_reentrant=False)
+                from_stream = cast(Layer, layer).from_stream
+                hidden, new_state = checkpoint(from_stream, residual, hidden.dtype, *rest, use_reentrant=False)
             else:
                 hidden, residual, new_state = layer(hidden, residual, *rest)
             hidden = self.dropout(hidden)

@@ -10,6 +10,7 @@ from torch import Tensor
 from mambakit.kernels.checks import FLOATS, check_device, check_dtype, check_seq_idx, check_shape
 from mambakit.kernels.dispatch import choose
 from mambakit.kernels.inner import fused, reference
+from mambakit.kernels.registration import register
 
 NAME = "mamba_inner"
 WIDTHS = (2, 3, 4)
@@ -143,8 +144,7 @@ def _not_in_triton(given: fused.Arguments) -> str | None:
     return None
 
 
-@torch.library.custom_op("mambakit::mamba_inner", mutates_args=())
-def _inner(
+def _forward(
     xz: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
@@ -182,8 +182,7 @@ def _inner(
         return fused.forward(given, backend)
 
 
-@_inner.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
+def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     given, backend = fused.Arguments(*arguments[:-1]), arguments[-1]
     (batch, length, _), (channels, d_state) = given.xz.shape, given.A.shape
     exact = torch.promote_types(torch.promote_types(given.xz.dtype, given.A.dtype), torch.float32)
@@ -197,8 +196,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-@torch.library.custom_op("mambakit::mamba_inner_backward", mutates_args=())
-def _inner_backward(
+def _backward(
     dout: Tensor,
     dfinal_state: Tensor | None,
     x_dbl: Tensor,
@@ -242,8 +240,7 @@ def _inner_backward(
     return [xz.new_empty(0) if gradient is None else gradient for gradient in gradients[:-2]]
 
 
-@_inner_backward.register_fake
-def _(*arguments: Any) -> list[Tensor]:
+def _fake_backward(*arguments: Any) -> list[Tensor]:
     given = fused.Arguments(*arguments[5:-1])
     return [given.xz.new_empty(0) if t is None else t.new_empty(t.shape) for t in given[:-2]]
 
@@ -265,4 +262,5 @@ def _gradients(ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None, *_: N
     return *kept, None, None, None
 
 
-_inner.register_autograd(_gradients, setup_context=_setup_context)
+_inner = register(NAME, _forward, _fake_forward, _setup_context, _gradients)
+_inner_backward = register(NAME + "_backward", _backward, _fake_backward)

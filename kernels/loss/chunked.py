@@ -79,9 +79,10 @@ def losses_and_gradients(
             dhidden[chunk] = dlogits @ weight
         if compute == exact:
             dweight.addmm_(dlogits.t(), inputs, beta=0 if start == 0 else 1)
+        elif start == 0:
+            torch.mm(dlogits.t(), inputs, out_dtype=exact, out=dweight)
         else:
-            share = torch.mm(dlogits.t(), inputs, out_dtype=exact)
-            dweight = share if start == 0 else dweight.add_(share)
+            torch.addmm(dweight, dlogits.t(), inputs, out_dtype=exact, out=dweight)
         if dbias is not None:
             dbias += dlogits.sum(dim=0, dtype=exact)
     dweight = None if dweight is None else dweight[:vocabulary]

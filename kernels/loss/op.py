@@ -10,6 +10,7 @@ from torch import Tensor
 from mambakit.kernels.checks import FLOATS, check_device, check_dtype, check_shape
 from mambakit.kernels.dispatch import choose
 from mambakit.kernels.loss import chunked, reference
+from mambakit.kernels.registration import register
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -145,8 +146,7 @@ def _softmax(backend: str) -> chunked.Softmax:
     return chunked.Softmax(chunked.softmax_rows, 1)
 
 
-@torch.library.custom_op("mambakit::linear_cross_entropy", mutates_args=())
-def _linear_cross_entropy(
+def _forward(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -171,8 +171,7 @@ def _linear_cross_entropy(
     return loss, dhidden, dweight, dbias
 
 
-@_linear_cross_entropy.register_fake
-def _(hidden, weight, labels, bias, summed, gradients, ignore_index, label_smoothing, softcap, backend):  # type: ignore[no-untyped-def]
+def _fake_forward(hidden, weight, labels, bias, summed, gradients, ignore_index, label_smoothing, softcap, backend):  # type: ignore[no-untyped-def]
     exact = torch.promote_types(hidden.dtype, torch.float32)
     loss = hidden.new_empty(() if summed else labels.shape, dtype=exact)
     if not gradients:
@@ -181,8 +180,7 @@ def _(hidden, weight, labels, bias, summed, gradients, ignore_index, label_smoot
     return loss, hidden.new_empty(hidden.shape), loss.new_empty(weight.shape), dbias
 
 
-@torch.library.custom_op("mambakit::linear_cross_entropy_backward", mutates_args=())
-def _linear_cross_entropy_backward(
+def _backward(
     dlosses: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -202,8 +200,7 @@ def _linear_cross_entropy_backward(
     return dhidden, dweight, dweight.new_empty(0) if dbias is None else dbias
 
 
-@_linear_cross_entropy_backward.register_fake
-def _(dlosses, hidden, weight, labels, bias, ignore_index, label_smoothing, softcap, backend):  # type: ignore[no-untyped-def]
+def _fake_backward(dlosses, hidden, weight, labels, bias, ignore_index, label_smoothing, softcap, backend):  # type: ignore[no-untyped-def]
     dbias = dlosses.new_empty(0 if bias is None else bias.shape)
     return hidden.new_empty(hidden.shape), dlosses.new_empty(weight.shape), dbias
 
@@ -232,4 +229,5 @@ def _gradients(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None,
     return dhidden, dweight.to(ctx.weight_dtype), None, dbias, None, None, None, None, None, None
 
 
-_linear_cross_entropy.register_autograd(_gradients, setup_context=_setup_context)
+_linear_cross_entropy = register("linear_cross_entropy", _forward, _fake_forward, _setup_context, _gradients)
+_linear_cross_entropy_backward = register("linear_cross_entropy_backward", _backward, _fake_backward)
