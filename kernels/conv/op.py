@@ -11,6 +11,7 @@ from torch import Tensor
 from mambakit.kernels.checks import FLOATS, check_device, check_dtype, check_seq_idx, check_shape
 from mambakit.kernels.conv import chunked, reference
 from mambakit.kernels.dispatch import choose
+from mambakit.kernels.registration import register
 
 WIDTHS = (2, 3, 4)
 ACTIVATIONS = (None, "silu", "swish")
@@ -125,8 +126,7 @@ def _last_inputs(x: Tensor, initial_state: Tensor | None, seq_idx: Tensor | None
     return tail.contiguous()
 
 
-@torch.library.custom_op("mambakit::causal_conv1d", mutates_args=())
-def _conv(
+def _forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -145,13 +145,11 @@ def _conv(
         return chunked.forward(*arguments)
 
 
-@_conv.register_fake
-def _(x, weight, bias, initial_state, seq_idx, silu, reverse, backend):  # type: ignore[no-untyped-def]
+def _fake_forward(x, weight, bias, initial_state, seq_idx, silu, reverse, backend):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("mambakit::causal_conv1d_backward", mutates_args=())
-def _conv_backward(
+def _backward(
     dout: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -175,8 +173,7 @@ def _conv_backward(
     return dx, dweight, absent[0], absent[1]
 
 
-@_conv_backward.register_fake
-def _(dout, x, weight, bias, initial_state, seq_idx, silu, reverse, backend):  # type: ignore[no-untyped-def]
+def _fake_backward(dout, x, weight, bias, initial_state, seq_idx, silu, reverse, backend):  # type: ignore[no-untyped-def]
     return (
         x.new_empty(x.shape),
         weight.new_empty(weight.shape),
@@ -185,26 +182,17 @@ def _(dout, x, weight, bias, initial_state, seq_idx, silu, reverse, backend):  #
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, initial_state, seq_idx, ctx.silu, ctx.reverse, ctx.backend = inputs
-    ctx.save_for_backward(x, weight, bias, initial_state, seq_idx)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.options = inputs[5:]
 
 
 def _gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, initial_state, seq_idx = ctx.saved_tensors
-    dx, dweight, dbias, dinitial_state = _conv_backward(
-        dout, x, weight, bias, initial_state, seq_idx, ctx.silu, ctx.reverse, ctx.backend
-    )
-    return (
-        dx,
-        dweight,
-        None if bias is None else dbias,
-        None if initial_state is None else dinitial_state,
-        None,
-        None,
-        None,
-        None,
-    )
+    _, _, bias, initial_state, _ = saved = ctx.saved_tensors
+    dx, dweight, dbias, dinitial_state = _conv_backward(dout, *saved, *ctx.options)
+    absent = (None, None, None, None)  # of seq_idx and the options
+    return dx, dweight, None if bias is None else dbias, None if initial_state is None else dinitial_state, *absent
 
 
-_conv.register_autograd(_gradients, setup_context=_setup_context)
+_conv_backward = register("causal_conv1d_backward", _backward, _fake_backward)
+_conv = register("causal_conv1d", _forward, _fake_forward, _save, _gradients)

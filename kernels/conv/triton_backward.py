@@ -11,6 +11,9 @@ begins at u = start - W + 1: there the first chunk finds what belongs to the sta
 Program, tile and chunk are those of triton_kernels.py.
 """
 
+# Inside a kernel tuples grow step by step, which mypy takes for an assignment of another type.
+# mypy: disable-error-code="assignment, misc, var-annotated"
+
 from __future__ import annotations
 
 from collections.abc import Iterator
