@@ -68,6 +68,16 @@ def test_chunks(backend: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("vocabulary", [64, 4096, 4099])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_the_label_anywhere(backend: str, vocabulary: int, softcap: float | None) -> None:
+    """At the ends of a tile of the kernel, in its last and partial one, before the padding of the vocabulary."""
+    last = vocabulary - 1
+    labels = torch.tensor([[0, 7, 8, last], [last - 1, last - 2, last - 3, -100], [last // 2, 1, 63, 62]])
+    compare(inputs(vocabulary, 3), labels=labels, backend=backend, softcap=softcap)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(1,), (1, 1), ()])
 def test_smallest(backend: str, shape: tuple[int, ...]) -> None:
     """One token, one channel, and a vocabulary of one, whose loss is zero."""
