@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mambakit.kernels.scan.triton_common import (
+    CHUNK,
     LOG2E,
-    chunk_length,
     device_guard,
     geometry,
     load_resets,
@@ -40,22 +40,23 @@ from mambakit.kernels.scan.triton_forward import scan_forward
 
 
 @triton.jit(do_not_specialize=[
-    "length", "channels", "group_channels", "blocks_per_group", "blocks", "chunk", "u_b", "u_l", "delta_b", "delta_l",
+    "length", "channels", "group_channels", "blocks_per_group", "blocks", "u_b", "u_l", "delta_b", "delta_l",
     "z_b", "z_l", "dout_b", "dout_l", "seq_b",
 ])  # fmt: skip
 def scan_backward_kernel(
     dout, dfinal, u, delta, A, B, C, D, z, bias, seq_idx, checkpoints, scratch,
     du, ddelta, dz, dA, dB, dC, dD, dbias, dinitial,
-    length, channels, group_channels, blocks_per_group, blocks, B_share, C_share, chunk,
+    length, channels, group_channels, blocks_per_group, blocks, B_share, C_share,
     u_b, u_l, delta_b, delta_l, z_b, z_l, dout_b, dout_l, seq_b, B_b, B_l, B_g, C_b, C_l, C_g,
     N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, STEPS: tl.constexpr,
     SOFTPLUS: tl.constexpr, DIRECTION: tl.constexpr, CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One tile of channels of one batch row, the whole sequence from its end. Grid (batch * blocks,).
 
     Written whole: du, ddelta, dz (B, L, D) in their arguments' dtypes; and float32 partial sums, added up by the
     caller: dA and a constant B's or C's gradient (B, N, D), dD, dbias (B, D), and by tile of channels dB, dC
-    (blocks, B, L, N). Scratch (programs, chunk / STEPS, N, BD) float32.
+    (blocks, B, L, N). Scratch (programs, CHUNK / STEPS, N, BD) float32.
     """
     b = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
@@ -113,15 +114,15 @@ def scan_backward_kernel(
         s = load_tile(dfinal + tile, 1, channels, d, n, in_tile)
 
     first = ((1 - toward) // 2 * (length - 1)).to(tl.int64)
-    chunks = tl.cdiv(length, chunk)
+    chunks = tl.cdiv(length, CHUNK)
     checkpoints += tile * chunks
-    slots = chunk // STEPS
+    slots: tl.constexpr = CHUNK // STEPS
     in_slot = tl.arange(0, BD)
     scratch += tl.program_id(0).to(tl.int64) * slots * N * BD
     for reverse_chunk in tl.range(0, chunks):
         index = chunks - 1 - reverse_chunk
-        start = index * chunk
-        parts = tl.cdiv(tl.minimum(chunk, length - start), STEPS)
+        start = index * CHUNK
+        parts = tl.cdiv(tl.minimum(CHUNK, length - start), STEPS)
 
         h = load_tile(checkpoints + index.to(tl.int64) * N * channels, 1, channels, d, n, in_tile)
         tl.debug_barrier()  # the previous chunk's reads of the scratch are over
@@ -258,7 +259,6 @@ def scan_backward(
     dout, u, delta, z = unit_stride(dout), unit_stride(u), unit_stride(delta), unit_stride(z)
     B, C, D, delta_bias, seq_idx = (unit_stride(tensor) for tensor in (B, C, D, delta_bias, seq_idx))
     cut = geometry(channels, d_state, B, C, direction, states_per_thread=16, max_warps=8)
-    chunk = chunk_length(length)
     # Steps whose states and decays stay in registers together: 4 fill 255 registers at 8 states a thread, 2 at 16.
     steps = 4 if cut.BN <= 8 else 2
 
@@ -273,17 +273,17 @@ def scan_backward(
     )
     dD, dbias = (empty(batch, channels, dtype=None if t is None else torch.float32) for t in (D, delta_bias))
     dinitial = empty(batch, d_state, channels, dtype=None if initial_state is None else torch.float32)
-    scratch = empty(batch * cut.blocks, chunk // steps, d_state, cut.BD)
+    scratch = empty(batch * cut.blocks, CHUNK // steps, d_state, cut.BD)
     with device_guard(u):
         scan_backward_kernel[(batch * cut.blocks,)](
             dout, states_first(dfinal_state), u, delta, states_first(A), B, C, D, z, delta_bias, seq_idx,
             checkpoints, scratch, du, ddelta, dz, dA, dB, dC, dD, dbias, dinitial,
             length, channels, channels // cut.groups, cut.blocks_per_group, cut.blocks,
-            cut.groups // cut.B_groups, cut.groups // cut.C_groups, chunk,
+            cut.groups // cut.B_groups, cut.groups // cut.C_groups,
             *row_strides(u), *row_strides(delta), *row_strides(z), *row_strides(dout), row_strides(seq_idx)[0],
             *vector_strides(B), *vector_strides(C),
             N=d_state, BN=cut.BN, BD=cut.BD, STEPS=steps,
-            SOFTPLUS=delta_softplus, DIRECTION=direction, CONSTANT_B=B.dim() == 2, CONSTANT_C=C.dim() == 2,
+            SOFTPLUS=delta_softplus, DIRECTION=direction, CONSTANT_B=B.dim() == 2, CONSTANT_C=C.dim() == 2, CHUNK=CHUNK,
             num_warps=cut.num_warps, num_stages=1,
         )  # fmt: skip
     return (

@@ -24,6 +24,8 @@ from torch import Tensor
 
 from mambakit.kernels.scan.reference import HALF
 
+# Steps between two stored states: 4 bytes a channel and step at 16 states, as much as one more float32 input.
+CHUNK = 64
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -138,22 +140,9 @@ def group_count(vector: Tensor) -> int:
     return vector.shape[2] if vector.dim() == 4 else 1
 
 
-def chunk_length(length: int) -> int:
-    """Steps between two stored states: about 2 sqrt(L), a power of two from 16 to 128.
-
-    The stored states grow as L / chunk, the scratch of the backward's recomputation as chunk; this balances them.
-    Written as comparisons, so that a symbolic length under ``torch.compile`` stays symbolic.
-    """
-    chunk = 16
-    while chunk < 128 and chunk * chunk < 4 * length:
-        chunk *= 2
-    return chunk
-
-
 def checkpoint_shape(batch: int, length: int, channels: int, d_state: int) -> tuple[int, int, int]:
     """Shape of the float32 states kept for the backward: (B, chunks, N D), each the state (N, D) before its chunk."""
-    chunk = chunk_length(length)
-    return batch, (length + chunk - 1) // chunk, d_state * channels
+    return batch, (length + CHUNK - 1) // CHUNK, d_state * channels
 
 
 def unit_stride(tensor: Tensor | None) -> Any:

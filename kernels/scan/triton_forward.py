@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from mambakit.kernels.scan.triton_common import (
+    CHUNK,
     LOG2E,
     checkpoint_shape,
-    chunk_length,
     device_guard,
     geometry,
     load_resets,
@@ -50,16 +50,17 @@ def load_inputs(
 
 
 @triton.jit(do_not_specialize=[
-    "length", "channels", "group_channels", "blocks_per_group", "blocks", "chunk", "u_b", "u_l", "delta_b", "delta_l",
+    "length", "channels", "group_channels", "blocks_per_group", "blocks", "u_b", "u_l", "delta_b", "delta_l",
     "z_b", "z_l", "out_b", "out_l", "seq_b",
 ])  # fmt: skip
 def scan_forward_kernel(
     u, delta, A, B, C, D, z, bias, initial, seq_idx, out, final, checkpoints,
-    length, channels, group_channels, blocks_per_group, blocks, B_share, C_share, chunk,
+    length, channels, group_channels, blocks_per_group, blocks, B_share, C_share,
     u_b, u_l, delta_b, delta_l, z_b, z_l, out_b, out_l, seq_b,
     B_b, B_l, B_g, C_b, C_l, C_g,
     N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, STEPS: tl.constexpr,
     SOFTPLUS: tl.constexpr, DIRECTION: tl.constexpr, CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One tile of channels of one batch row, the whole sequence. Grid (batch * blocks,)."""
     b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -104,7 +105,7 @@ def scan_forward_kernel(
         h = load_tile(initial + b * N * channels, 1, channels, d, n, in_tile)
 
     first = ((1 - toward) // 2 * (length - 1)).to(tl.int64)
-    chunks = tl.cdiv(length, chunk)
+    chunks = tl.cdiv(length, CHUNK)
     checkpoints += b * chunks * N * channels
     ahead = load_inputs(
         u, delta, z, B, C, seq_idx, u_l, delta_l, z_l, B_l, C_l, d, in_d, n, in_n, 0, length, first,
@@ -117,8 +118,9 @@ def scan_forward_kernel(
             u, delta, z, B, C, seq_idx, u_l, delta_l, z_l, B_l, C_l, d, in_d, n, in_n, t0 + STEPS, length, first,
             toward, STEPS, CONSTANT_B, CONSTANT_C,
         )  # fmt: skip
-        if t0 % chunk == 0:
-            store_tile(checkpoints + (t0 // chunk).to(tl.int64) * N * channels, 1, channels, d, n, in_tile, h)
+        if t0 % CHUNK == 0:
+            store_tile(checkpoints, 1, channels, d, n, in_tile, h)
+            checkpoints += N * channels
         ys = ()
         for i in tl.static_range(STEPS):
             _, step = step_size(deltas[i], offset, t0 + i < length, SOFTPLUS)
@@ -178,11 +180,11 @@ def scan_forward(
             u, delta, states_first(A), B, C, D, z, delta_bias, states_first(initial_state), seq_idx,
             out, final, checkpoints,
             length, channels, channels // cut.groups, cut.blocks_per_group, cut.blocks,
-            cut.groups // cut.B_groups, cut.groups // cut.C_groups, chunk_length(length),
+            cut.groups // cut.B_groups, cut.groups // cut.C_groups,
             *row_strides(u), *row_strides(delta), *row_strides(z), *row_strides(out), row_strides(seq_idx)[0],
             *vector_strides(B), *vector_strides(C),
             N=d_state, BN=cut.BN, BD=cut.BD, STEPS=STEPS,
-            SOFTPLUS=delta_softplus, DIRECTION=direction, CONSTANT_B=B.dim() == 2, CONSTANT_C=C.dim() == 2,
+            SOFTPLUS=delta_softplus, DIRECTION=direction, CONSTANT_B=B.dim() == 2, CONSTANT_C=C.dim() == 2, CHUNK=CHUNK,
             num_warps=cut.num_warps, num_stages=1, maxnreg=maxnreg,
         )  # fmt: skip
     return out, final, checkpoints

@@ -11,7 +11,7 @@ from typing import Any
 
 from mambakit.kernels.scan.reference import HALF, REVERSE
 from mambakit.kernels.scan.triton_backward import scan_backward, scan_backward_kernel
-from mambakit.kernels.scan.triton_common import checkpoint_shape
+from mambakit.kernels.scan.triton_common import CHUNK, checkpoint_shape
 from mambakit.kernels.scan.triton_forward import scan_forward, scan_forward_kernel
 from mambakit.kernels.scan.triton_update import state_update, state_update_kernel
 
@@ -25,10 +25,11 @@ def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], in
     constexpr None.
     """
     # Triton compiles an integer argument that is 1, such as B_share where B has a group for each tile, as a constant.
-    everything: dict[str, Any] = {"CONSTANT_B": False, "CONSTANT_C": False, "B_share": 1, "C_share": 1}
+    everything: dict[str, Any] = {"CONSTANT_B": False, "CONSTANT_C": False, "CHUNK": CHUNK, "B_share": 1, "C_share": 1}
     plain: dict[str, Any] = {
         "CONSTANT_B": True,
         "CONSTANT_C": True,
+        "CHUNK": CHUNK,
         "z": None,
         "D": None,
         "bias": None,
