@@ -1,0 +1,47 @@
+"""Whole models: a training step, generation, and a million tokens through a backbone, beside recorded figures.
+
+The work and its checks are those of ``train_step.py`` and ``generate.py``; this makes rows of one kind of them. The
+recorded peer is mamba_ssm 2.3.2.post1 with its CUDA kernels on one NVIDIA H200.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import generate
+import train_step
+
+
+def train() -> Iterator[dict[str, Any]]:
+    found = train_step.measure()
+    yield {"work": "train 130m, B 16, L 2048"} | found | {"peer_tokens_per_second": 173_000, "peer_peak_gb": 33.0}
+
+
+def million() -> Iterator[dict[str, Any]]:
+    """Forward and backward, each layer computed again in the backward."""
+    found = train_step.measure(batch=1, length=1 << 20, checkpointing=True, backbone_only=True, steps=1)
+    yield {"work": "forward, backward 130m, L 1,048,576"} | found
+
+
+def generation() -> Iterator[dict[str, Any]]:
+    for name, work in generate.WORKS.items():
+        found = generate.measure(name)
+        title = f"generate {name.split('_')[0]}, B {work.batch}, prompt {work.prompt}"
+        yield found | {"work": title, "peak_gb": found["peak_bytes"] / 1e9}
+
+
+PARTS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+    "train": train,
+    "generate": generation,
+    "million": million,
+}
+
+
+def line(row: dict[str, Any], device: str) -> str:
+    text = f"{row['work']:>46}   {row['tokens_per_second']:,.0f} tokens/s, peak {row['peak_gb']:.2f} GB"
+    peer = row.get("peer_tokens_per_second")
+    if peer and "H200" in device:
+        text += f"; mamba_ssm (recorded) {peer:,} tokens/s: {row['tokens_per_second'] / peer:.2f}x"
+        text += f", {row['peer_peak_gb']:.1f} GB" if "peer_peak_gb" in row else ""
+    return text

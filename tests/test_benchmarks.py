@@ -1,0 +1,192 @@
+"""The benchmarks' own gates: they pass our kernels on a toy shape, and stop at a wrong number. Times need a GPU."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+MODULES = (
+    "harness",
+    "peers",
+    "scan",
+    "conv",
+    "norm",
+    "loss",
+    "updates",
+    "chart",
+    "whole",
+    "run",
+    "train_step",
+    "generate",
+)
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch):
+    """The benchmark's files, by name, on whatever device runs the kernels here."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    shadowed = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
+    modules = SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(modules.harness, "DEVICE", "cpu")
+    yield modules
+    for name in MODULES:
+        sys.modules.pop(name, None)
+    sys.modules.update(shadowed)
+
+
+def toy_scan(bench, dtype=torch.float32, **sizes):
+    return bench.scan.Shape("toy", dtype, **{"batch": 2, "length": 5, "channels": 70} | sizes)
+
+
+def test_the_scan_passes_its_check_through_triton(bench):
+    shape = toy_scan(bench)
+    errors = bench.scan.check(shape, bench.scan.inputs(shape))
+    assert set(errors) == {"out", *(f"grad {name}" for name in bench.scan.TENSORS)}
+    assert max(errors.values()) < 1e-5
+
+
+@pytest.mark.parametrize("spoilt", ["out", "B", "z", "delta_bias"])
+def test_the_scan_check_stops_at_a_wrong_number(bench, monkeypatch, spoilt):
+    """``selective_scan`` with one gradient (or its output) off by 0.1 %, and the vectorised path for the kernel."""
+    right = bench.scan.selective_scan
+
+    def wrong(backend, **given):
+        if backend == "reference":
+            return right(**given, backend=backend)
+        if spoilt == "out":
+            return right(**given) * 1.001
+        given[spoilt] = given[spoilt] * 1.0 + (given[spoilt] - given[spoilt].detach()) * 1e-3
+        return right(**given)
+
+    monkeypatch.setattr(bench.scan, "selective_scan", wrong)
+    shape = toy_scan(bench)
+    name = "out" if spoilt == "out" else f"grad {spoilt}"
+    with pytest.raises(AssertionError, match=f"selective_scan toy: {name}: relative RMS difference"):
+        bench.scan.check(shape, bench.scan.inputs(shape))
+
+
+def test_the_convolution_passes_its_check_through_triton(bench, monkeypatch):
+    x = bench.harness.normal(2, 9, 72, dtype=torch.bfloat16)
+    errors = bench.conv.check("toy", x, bench.harness.normal(72, 4), bench.harness.normal(72))
+    assert set(errors) == {"out", "grad x", "grad weight", "grad bias"}
+
+
+def test_the_norm_passes_its_check_through_triton(bench):
+    x = bench.harness.normal(6, 24, dtype=torch.bfloat16)
+    errors = bench.norm.check("toy", x, bench.harness.normal(6, 24), bench.harness.normal(24))
+    assert set(errors) == {"out", "sum", "grad x", "grad residual", "grad weight"}
+
+
+def test_the_loss_passes_its_check_through_triton(bench, monkeypatch):
+    monkeypatch.setattr(bench.loss, "CHECKED", 7)
+    hidden = bench.harness.normal(20, 16, dtype=torch.bfloat16)
+    errors = bench.loss.check("toy", hidden, bench.harness.normal(50, 16))
+    assert set(errors) == {"out", "grad hidden", "grad weight"}
+
+
+@pytest.mark.parametrize("operator", ["selective_state_update", "causal_conv1d_update"])
+def test_the_updates_pass_their_check_through_triton(bench, monkeypatch, operator):
+    monkeypatch.setitem(bench.updates.SHAPES, "toy", (2, 24))
+    assert set(bench.updates.check(operator, "toy")) == {"out", "state"}
+
+
+def test_a_nan_or_a_wrong_shape_never_passes(bench):
+    right = torch.ones(4)
+    with pytest.raises(AssertionError, match="relative RMS difference nan"):
+        bench.harness.agree("x", torch.tensor([1.0, 1, 1, float("nan")]), right, 1.0)
+    with pytest.raises(AssertionError, match=r"shape \(3,\), expected \(4,\)"):
+        bench.harness.agree("x", right[:3], right, 1.0)
+    assert bench.harness.agree("x", right * 1.01, right, 0.02) == pytest.approx(0.01)
+
+
+def test_installed_peers_give_our_results(bench):
+    """mambapy's scan and PyTorch's own operators, on the tensors ours gets."""
+    shape = toy_scan(bench)
+    given = bench.scan.inputs(shape)
+    leaves = [given[name] for name in bench.scan.TENSORS]
+    found = bench.peers.scan_peers(given, leaves, torch.randn_like(given["u"]), 1)
+    ours = bench.scan.selective_scan(**given)
+    assert "mambapy" in found
+    bench.harness.agree("mambapy", found["mambapy"].result(), ours, 1e-5)
+    assert all(gradient.isfinite().all() for gradient in found["mambapy"].both())
+
+    x, residual, weight = bench.harness.normal(6, 24), bench.harness.normal(6, 24), bench.harness.normal(24)
+    torch_norm = bench.peers.norm_peers(x, residual, weight, (x.detach(), x.detach()))["torch"]
+    y = bench.norm.rms_norm(x, weight, residual=residual)
+    bench.harness.agree("norm", torch_norm.result(), y, 1e-5)
+
+    labels = torch.arange(6, device=x.device)
+    torch_loss = bench.peers.loss_peers(x, residual.detach().requires_grad_(), labels % 6, torch.ones(()))["torch"]
+    bench.harness.agree("loss", torch_loss.result(), bench.loss.linear_cross_entropy(x, residual, labels % 6), 1e-5)
+
+
+def test_a_channels_first_result_is_turned_before_it_is_compared(bench):
+    first = bench.harness.Contender(lambda: torch.arange(6.0).view(1, 2, 3), channels_first=True)
+    assert first.result().tolist() == [[[0, 3], [1, 4], [2, 5]]]
+
+
+def test_recorded_times_are_shown_on_an_h200_alone(bench):
+    figures = bench.peers.SCAN["lm"]
+    assert bench.peers.recorded("NVIDIA H100", "peer", figures) == {}
+    shown = bench.peers.recorded("NVIDIA H200", "peer", figures)
+    assert shown == {"peer": {"forward": 0.592, "forward + backward": 2.931, "MiB": 325}}
+
+
+def test_the_floors_are_those_of_the_table(bench):
+    """The peers' table counts the exponentials of lm at 0.16 ms on an H200, of long1m at 1.3."""
+    h200 = bench.harness.Ceilings(bytes=4.3e12, flops=750e12, exponentials=16 * 132 * 1.98e9)
+    by_name = {shape.name: bench.scan.floors(shape, h200) for shape in bench.scan.SHAPES}
+    assert by_name["lm"]["forward"] == pytest.approx(0.16, abs=0.005)
+    assert by_name["long1m"]["forward"] == pytest.approx(1.3, abs=0.05)
+    assert by_name["lm"]["forward + backward"] == pytest.approx(2 * by_name["lm"]["forward"])
+
+
+def example_record():
+    passes = {"forward": 1.0, "forward + backward": 3.0}
+    return {
+        "device": "NVIDIA H200",
+        "date": "2026-01-01T00:00:00+00:00",
+        "commit": "0123456789",
+        "sweep": [
+            {"length": length, "batch": 16384 // length, "selective_scan": passes, "SDPA (flash)": passes}
+            for length in (512, 2048)
+        ],
+    }
+
+
+def test_the_chart_is_drawn_from_the_json(bench, tmp_path, monkeypatch):
+    (tmp_path / "figures.json").write_text(json.dumps(example_record()))
+    arguments = ["chart.py", str(tmp_path / "figures.json"), str(tmp_path / "chart.png")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    bench.chart.main()
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_row_is_printed_with_its_ratio_and_floor(bench):
+    row = {
+        "operator": "causal_conv1d",
+        "shape": "lm",
+        "dtype": "bfloat16",
+        "errors": {"out": 1e-3, "grad x": 2e-3},
+        "floor": {"forward": 0.03, "forward + backward": 0.1},
+        "recorded": {"theirs": {"forward": 0.09, "forward + backward": 0.4}},
+        "peers": {},
+        "mambakit": {"forward": 0.06, "forward, graph": 0.05, "forward + backward": 0.2, "MiB": 64.0},
+    }
+    ours, theirs = bench.run.operator_lines(row).splitlines()
+    assert "causal_conv1d lm, bfloat16" in ours and "(0.050)" in ours and ours.count("50%") == 2
+    assert "1.0e-03, 2.0e-03" in ours
+    assert "1.50x" in theirs and "2.00x" in theirs
+
+
+def test_an_unknown_shape_is_named(bench, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run.py", "--shapes", "lm", "ln"])
+    with pytest.raises(SystemExit):
+        bench.run.parse()
+    assert "--shapes ln: unknown; expected some of" in capsys.readouterr().err
