@@ -40,7 +40,7 @@ RARE = ("million",)
 
 
 def run_operators(parts: list[str], shapes: list[str], device: str, ceilings: Ceilings, record: dict[str, Any]) -> None:
-    print(f"{'':>46}   forward (graph)   of floor    both (graph)   of floor     MiB   error: result, gradient")
+    print(f"{'':>46}   forward (graph)   of floor    both (graph)   of floor     MiB   error: out, grad; first call")
     for part in parts:
         for work in each_alone(OPERATORS[part].works(shapes, device, ceilings)):
             row = measure(work)
@@ -67,7 +67,7 @@ def operator_lines(row: dict[str, Any]) -> str:
         if "," not in row["shape"]
         else (f"{row['operator']} {row['shape']}")
     )
-    lines = [f"{title:>46} {'   '.join(cells)} {ours['MiB']:8.0f}   {worst}"]
+    lines = [f"{title:>46} {'   '.join(cells)} {ours['MiB']:8.0f}   {worst}; {row['first_call']:.1f} s"]
     for name, peer in (*row["recorded"].items(), *row["peers"].items()):
         cells = []
         for kind in (FORWARD, BOTH):
