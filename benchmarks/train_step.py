@@ -125,7 +125,7 @@ def _kernels(step: Callable[[], Any]) -> list[tuple[str, int, float]]:
     found = [
         (event.key, event.count, event.self_device_time_total / 1e3)
         for event in profiler.key_averages()
-        if event.device_type == torch.autograd.DeviceType.CUDA
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
     ]
     return sorted(found, key=lambda row: -row[2])
 

@@ -68,7 +68,7 @@ def test_chunks(backend: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("vocabulary", [64, 4096, 4099])
+@pytest.mark.parametrize("vocabulary", [64, 4096, 8195])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_the_label_anywhere(backend: str, vocabulary: int, softcap: float | None) -> None:
     """At the ends of a tile of the kernel, in its last and partial one, before the padding of the vocabulary."""
