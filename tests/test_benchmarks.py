@@ -205,7 +205,7 @@ def test_a_row_is_printed_with_its_ratio_and_floor(bench):
     assert "1.50x" in theirs and "2.00x" in theirs
 
 
-def test_the_whole_command_on_toy_shapes(bench, monkeypatch, tmp_path, capsys):
+def test_the_whole_command_through_triton_on_toy_shapes(bench, monkeypatch, tmp_path, capsys):
     """Every operator built, checked, compared with its peers and written down; each timing is one call."""
     toy = bench.scan.Shape("toy", torch.bfloat16, 2, 5, 70)
     monkeypatch.setattr(bench.scan, "SHAPES", (toy, toy._replace(name="other")))
