@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambakit.kernels.launch import launch
 from mambakit.kernels.scan.triton_common import (
     CHUNK,
     LOG2E,
@@ -275,7 +276,8 @@ def scan_backward(
     dinitial = empty(batch, d_state, channels, dtype=None if initial_state is None else torch.float32)
     scratch = empty(batch * cut.blocks, CHUNK // steps, d_state, cut.BD)
     with device_guard(u):
-        scan_backward_kernel[(batch * cut.blocks,)](
+        launch(
+            scan_backward_kernel, (batch * cut.blocks,),
             dout, states_first(dfinal_state), u, delta, states_first(A), B, C, D, z, delta_bias, seq_idx,
             checkpoints, scratch, du, ddelta, dz, dA, dB, dC, dD, dbias, dinitial,
             length, channels, channels // cut.groups, cut.blocks_per_group, cut.blocks,

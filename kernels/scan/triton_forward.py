@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambakit.kernels.launch import launch
 from mambakit.kernels.scan.triton_common import (
     CHUNK,
     LOG2E,
@@ -176,7 +177,8 @@ def scan_forward(
     final = torch.empty((batch, channels, d_state), dtype=torch.float32, device=u.device)
     checkpoints = torch.empty(checkpoint_shape(batch, length, channels, d_state), dtype=torch.float32, device=u.device)
     with device_guard(u):
-        scan_forward_kernel[(batch * cut.blocks,)](
+        launch(
+            scan_forward_kernel, (batch * cut.blocks,),
             u, delta, states_first(A), B, C, D, z, delta_bias, states_first(initial_state), seq_idx,
             out, final, checkpoints,
             length, channels, channels // cut.groups, cut.blocks_per_group, cut.blocks,

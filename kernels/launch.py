@@ -1,0 +1,41 @@
+"""Launching a Triton kernel again without working out again which compiled form of it serves.
+
+At every ``kernel[grid](...)`` Triton looks at each argument (dtype, alignment, divisibility by 16, is it 1) and at
+every global the kernel reads, to find the compiled form: as long, for the forty arguments of a scan, as a short
+sequence takes on the GPU. Here the form is remembered by what decides it. A call whose numbers, dtypes or alignments
+are new takes Triton's own way once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+# Compiled forms and their constant arguments, by kernel, device and arguments. A new length is a new entry, so that
+# changing lengths would fill memory; emptied at this size, about 10 MB, it fills again with what is in use.
+_compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+MOST_ENTRIES = 4096
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """``kernel[grid](*arguments, **constants)``, on the current device.
+
+    Args:
+        kernel: a function under ``triton.jit`` or ``gluon.jit``.
+        grid: programs along one to three axes.
+        arguments: tensors, None and numbers for the kernel's first parameters. The first is a tensor.
+        constants: by name all other parameters, which are constexprs, and the compiler's options.
+    """
+    described = [(a.dtype, a.data_ptr() % 16 == 0) if isinstance(a, Tensor) else a for a in arguments]
+    key = (id(kernel), arguments[0].get_device(), *described, *constants.items())
+    entry = _compiled.get(key)
+    if entry is None:
+        form = kernel[grid](*arguments, **constants)
+        if form is not None:  # the interpreter compiles nothing
+            if len(_compiled) >= MOST_ENTRIES:
+                _compiled.clear()
+            _compiled[key] = form, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+        return
+    form, values = entry
+    form[(*grid, 1, 1)](*arguments, *values)
