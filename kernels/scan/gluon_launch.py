@@ -14,10 +14,15 @@ from torch import Tensor
 
 from mambakit.kernels.scan.gluon_forward import scan_forward_kernel, segment_states_kernel
 from mambakit.kernels.scan.reference import HALF
-from mambakit.kernels.scan.triton_common import device_guard, group_count, row_strides, unit_stride, vector_strides
+from mambakit.kernels.scan.triton_common import (
+    CHUNK,
+    device_guard,
+    group_count,
+    row_strides,
+    unit_stride,
+    vector_strides,
+)
 from mambakit.kernels.tuning import choose_config
-
-CHUNK = 64  # steps between two stored states: 4 bytes a channel and step at N = 16, as one more float32 input
 
 
 class Config(NamedTuple):
@@ -53,12 +58,6 @@ class Cut(NamedTuple):
     blocks: int
     segments: int
     segment_length: int
-
-
-def covers(A: Tensor, B: Tensor, C: Tensor) -> bool:
-    """Whether these kernels take the call: time-varying B and C, N a power of two from 4 to 128."""
-    d_state = A.shape[1]
-    return B.dim() > 2 and C.dim() > 2 and 4 <= d_state <= 128 and d_state & (d_state - 1) == 0
 
 
 @lru_cache(maxsize=1024)

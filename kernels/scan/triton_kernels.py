@@ -1,7 +1,10 @@
 """The selective scan's Triton kernels, as the operator calls them.
 
-``triton_forward.py`` and ``triton_backward.py`` hold the scan, ``triton_update.py`` its single step, and
-``triton_common.py`` what they share; read that file's head first.
+The scan exists twice. The Gluon kernels (``gluon_forward.py``, ``gluon_backward.py``; read the head of
+``gluon_common.py`` first) say which thread holds what, and serve nearly every call on an NVIDIA GPU. The plain ones
+(``triton_forward.py``, ``triton_backward.py``; head of ``triton_common.py``) serve the rest: B or C constant in time,
+numbers of states that are no power of two, other devices, and Triton's interpreter, which has no Gluon.
+``triton_update.py`` holds the single step.
 """
 
 from __future__ import annotations
@@ -9,13 +12,56 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from mambakit.kernels import dispatch
+from mambakit.kernels.scan import triton_backward, triton_forward
 from mambakit.kernels.scan.reference import HALF, REVERSE
-from mambakit.kernels.scan.triton_backward import scan_backward, scan_backward_kernel
+from mambakit.kernels.scan.triton_backward import scan_backward_kernel
 from mambakit.kernels.scan.triton_common import CHUNK, checkpoint_shape
-from mambakit.kernels.scan.triton_forward import scan_forward, scan_forward_kernel
+from mambakit.kernels.scan.triton_forward import scan_forward_kernel
 from mambakit.kernels.scan.triton_update import state_update, state_update_kernel
 
 __all__ = ["checkpoint_shape", "compile_examples", "scan_backward", "scan_forward", "state_update"]
+
+
+def scan_forward(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *rest: Any, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`mambakit.kernels.scan.triton_forward.scan_forward`."""
+    if in_gluon(u, A, B, C):
+        from mambakit.kernels.scan import gluon_launch
+
+        return gluon_launch.scan_forward(u, delta, A, B, C, *rest, **options)
+    return triton_forward.scan_forward(u, delta, A, B, C, *rest, **options)
+
+
+def scan_backward(
+    dout: Tensor,
+    dfinal_state: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *rest: Any,
+    **options: Any,
+) -> tuple[Tensor | None, ...]:
+    """As :func:`mambakit.kernels.scan.triton_backward.scan_backward`, from the states of the same path's forward."""
+    arguments = (dout, dfinal_state, u, delta, A, B, C, *rest)
+    if in_gluon(u, A, B, C):
+        from mambakit.kernels.scan import gluon_backward
+
+        return gluon_backward.scan_backward(*arguments, **options)
+    return triton_backward.scan_backward(*arguments, **options)
+
+
+def in_gluon(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> bool:
+    """Whether the Gluon kernels take the call: time-varying B and C, N a power of two from 4 to 128, 32-lane warps."""
+    d_state = A.shape[1]
+    served = B.dim() > 2 and C.dim() > 2 and 4 <= d_state <= 128 and d_state & (d_state - 1) == 0
+    return served and u.is_cuda and torch.version.hip is None and not dispatch.INTERPRETED
 
 
 def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]]:
