@@ -137,6 +137,16 @@ def graph_milliseconds(function: Callable[[], Any]) -> float:
     return float(triton.testing.do_bench_cudagraph(function, rep=20, return_mode="median"))
 
 
+def one_call(function: Callable[[], Any]) -> float:
+    """Milliseconds of one call after another, by the host's clock: for what takes too long to repeat."""
+    function()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start)
+
+
 def peak_mib(function: Callable[[], Any]) -> float:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

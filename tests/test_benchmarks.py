@@ -212,6 +212,7 @@ def test_the_whole_command_through_triton_on_toy_shapes(bench, monkeypatch, tmp_
     monkeypatch.setattr(bench.scan, "LARGE", (toy._replace(name="large"),))
     monkeypatch.setattr(bench.scan, "ACCURACY_LENGTHS", (1, 3))
     monkeypatch.setattr(bench.scan, "SWEEP_LENGTHS", (4, 16))
+    monkeypatch.setattr(bench.scan, "PLAIN_LENGTHS", (4,))
     monkeypatch.setattr(bench.scan, "SWEEP_TOKENS", 16)
     monkeypatch.setattr(bench.scan, "SWEEP_CHANNELS", 8)
     for module, shape in ((bench.conv, (2, 9, 72)), (bench.norm, (6, 24)), (bench.loss, (12, 16, 50))):
@@ -249,6 +250,7 @@ def test_the_whole_command_through_triton_on_toy_shapes(bench, monkeypatch, tmp_
     assert record["operators"][1]["recorded"]["causal-conv1d 1.7 (recorded), channels-last"]["forward"] == 3.0
     assert [row["shape"] for row in record["accuracy"]] == ["L 1", "L 3"] * 3 + ["large"]
     assert [row["batch"] for row in record["sweep"]] == [4, 1]
+    assert ["vectorised PyTorch" in row for row in record["sweep"]] == [True, False]
     assert picture.exists()
     assert "selective_scan toy, bfloat16" in capsys.readouterr().out
 
