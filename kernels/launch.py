@@ -38,4 +38,5 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
             _compiled[key] = form, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
         return
     form, values = entry
-    form[(*grid, 1, 1)](*arguments, *values)
+    three_axes = (*grid, 1, 1)
+    form[three_axes](*arguments, *values)

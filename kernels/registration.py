@@ -13,10 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # Kept as long as the process lives: an operator disappears with the library that defined it.
 _library = torch.library.Library("mambakit", "FRAGMENT")
 _below_autograd = torch._C._AutoDispatchBelowAutograd
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def register(
@@ -43,9 +45,14 @@ def register(
     torch.library.register_fake(f"mambakit::{name}", fake, lib=_library)
     operator = getattr(torch.ops.mambakit, name).default
 
-    def forward(ctx: Any, *inputs: Any) -> Any:
+    def compute(inputs: tuple[Any, ...]) -> Any:
+        if _is_plain(inputs):
+            return implementation(*inputs)
         with _below_autograd():
-            output = operator(*inputs)
+            return operator(*inputs)
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = compute(inputs)
         if setup_context is not None:
             setup_context(ctx, inputs, output)
         return output
@@ -59,8 +66,17 @@ def register(
     def differentiable(*inputs: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
             return node.apply(*inputs)
-        with _below_autograd():
-            return operator(*inputs)
+        return compute(inputs)
 
     _library.impl(name, differentiable, "Autograd")
     return operator
+
+
+def _is_plain(inputs: tuple[Any, ...]) -> bool:
+    """Whether nothing waits below autograd (fake tensors, a tracer or another mode, a transform, a tensor subclass).
+
+    The dispatcher would then come to the implementation itself, by way of two conversions of every argument.
+    """
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return False
+    return all(type(x) in _PLAIN for x in inputs if isinstance(x, Tensor))

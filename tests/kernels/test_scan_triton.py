@@ -121,10 +121,9 @@ def test_direction_and_packing(direction: int, packed: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # NaN is what this test is about
-@pytest.mark.parametrize("direction", [FORWARD, REVERSE, HALF], ids=["forwards", "backwards", "half"])
-def test_a_reset_clears_any_state(direction: int) -> None:
+def test_a_reset_clears_any_state() -> None:
     """NaN and infinity stay in their own sequence, in the forward and in the backward: no 0 * inf at its ends."""
-    given = scan_inputs(length=84, channels=2, direction=direction)
+    given = scan_inputs(length=84, channels=2, direction=HALF)
     given["seq_idx"] = torch.zeros(1, 84, dtype=torch.int32, device=DEVICE)
     given["seq_idx"][:, 20:64] = 1  # in either direction a chunk of 64 steps begins with the last sequence
     dout = random_tensor(1, 84, 2, seed=200, device=DEVICE)
