@@ -122,8 +122,8 @@ def _may_launch() -> bool:
 def warn_once(who: str, obstacle: str) -> None:
     """Say once that CUDA tensors go the slow way, and what that costs."""
     message = (
-        f"{who}: no Triton kernel serves here, because {obstacle}; vectorised PyTorch does instead: as exact, but "
-        "several times as slow and as large in memory on a GPU. backend='torch' asks for it without this warning."
+        f"{who}: no Triton kernel serves here, because {obstacle}; vectorised PyTorch does instead: as exact, but much "
+        "slower on a GPU, a scan most of all. backend='torch' asks for it without this warning."
     )
     if message not in _warned:
         _warned.add(message)
