@@ -19,6 +19,7 @@ MODULES = (
     "loss",
     "updates",
     "chart",
+    "table",
     "whole",
     "run",
     "train_step",
@@ -252,6 +253,13 @@ def test_the_whole_command_through_triton_on_toy_shapes(bench, monkeypatch, tmp_
     assert [row["batch"] for row in record["sweep"]] == [4, 1]
     assert ["vectorised PyTorch" in row for row in record["sweep"]] == [True, False]
     assert picture.exists()
+    lines = bench.table.operators(record)
+    assert (
+        "| causal_conv1d toy, bfloat16 | 0.500 (0.500) | 1.000 causal-conv1d 1.7 (recorded), (B, D, L) | 2.00 |"
+        in lines[3]
+    )
+    assert all(line.count("|") == lines[0].count("|") for line in lines)
+    assert len(bench.table.accuracy(record)) == 2 + 7
     assert "selective_scan toy, bfloat16" in capsys.readouterr().out
 
 
@@ -271,6 +279,9 @@ def test_whole_models_are_told_beside_their_peer_on_an_h200(bench, monkeypatch):
     told = bench.whole.line(generated[0], "NVIDIA H200")
     assert "generate 130m, B 1, prompt 128   1,740 tokens/s, peak 0.50 GB" in told and "1,160 tokens/s: 1.50x" in told
     assert len(generated) == len(bench.generate.WORKS)
+    assert bench.table.models({"models": [train]})[2].startswith(
+        "| train 130m, B 16, L 2048 | 260,000 | 173,000 | 1.50 |"
+    )
     (million,) = bench.whole.PARTS["million"]()
     assert "recorded" not in bench.whole.line(million, "NVIDIA H200")
 
