@@ -25,7 +25,9 @@ import triton.language as tl
 from mambakit.kernels.conv.triton_kernels import (
     example,
     filter_taps,
+    hop,
     input_before,
+    load_rows,
     place,
     row_of,
     sequence_at,
@@ -42,8 +44,7 @@ def conv_backward(
     state,
     seq_idx,
     dx,
-    dweight,
-    dbias,
+    partials,
     dstate,
     L,
     D,
@@ -61,14 +62,12 @@ def conv_backward(
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """dx (B, L, D), dstate (B, D, W-1), and the tile's share of dweight (D, W) and dbias (D,): partial sums that the
-    caller adds up in a fixed order. Grid (tiles of D * tiles of chunks). bias with dbias, state with dstate, and
-    seq_idx may be None; steps + W - 1 is a multiple of U, and U is at least W - 1.
+    """dx (B, L, D), dstate (B, D, W-1), and for every tile of chunks its share of dweight (D, W) and dbias (D,), one
+    behind the other. Grid (tiles of D * tiles of chunks). bias, state with dstate, and seq_idx may be None;
+    steps + W - 1 is a multiple of U.
     """
     d, in_d, b, start, end = place(chunks, total, steps, L, D, W, BR, BD)
     x += b * x_batch + d
-    dout += b * dout_batch + d
-    dx += b * L * D + d
     first = tl.where(start == 0, 1 - W, start)  # the first u whose sums are this chunk's
     inputs = ()  # x_u .. x_{e-1}
     grads = ()  # dpre_u .. dpre_{e-1}
@@ -85,17 +84,19 @@ def conv_backward(
             present = sequence_at(seq_idx, b, start - (W - 2 - s), L, REVERSE)
             same += (present == sequence,)
             sequence = present
+    x_hop, dout_hop, dx_hop = hop(x_row, REVERSE), hop(dout_row, REVERSE), hop(D, REVERSE)
+    x += row_of(start, L, REVERSE) * x_row
+    dout += b * dout_batch + d + row_of(start, L, REVERSE) * dout_row
+    dx += b * L * D + d + row_of(start, L, REVERSE) * D - (W - 1) * dx_hop
+    known = tl.minimum(end + W - 1, L)
+    x_rows = load_rows(x, known - start, 0, x_hop, in_d, U)
+    dout_rows = load_rows(dout, known - start, 0, dout_hop, in_d, U)
     taps, shift = filter_taps(weight, bias, d, in_d, W)
 
     for i in range(0, steps + W - 1, U):
-        x_rows = ()
-        dout_rows = ()
-        for j in tl.static_range(U):
-            e = start + i + j
-            inside = (e < L) & (e < end + W - 1) & in_d
-            row = row_of(e, L, REVERSE)
-            x_rows += (tl.load(x + row * x_row, mask=inside, other=0.0),)
-            dout_rows += (tl.load(dout + row * dout_row, mask=inside, other=0.0),)
+        left = known - start - i
+        next_x_rows = load_rows(x, left, U, x_hop, in_d, U)
+        next_dout_rows = load_rows(dout, left, U, dout_hop, in_d, U)
         for j in tl.static_range(U):
             e = start + i + j
             u = e - (W - 1)
@@ -130,12 +131,9 @@ def conv_backward(
                 gradient += taps[s] * value
                 sums += (dtaps[s] + mine * value,)
             dtaps = sums
-            tl.store(
-                dx + row_of(u, L, REVERSE) * D,
-                gradient.to(dx.dtype.element_ty),
-                mask=(u >= start) & (u < end) & in_d,
-            )
-            if state is not None and i == 0:
+            inside = (u >= start) & (u < end) & in_d
+            tl.store(dx + j * dx_hop, gradient.to(dx.dtype.element_ty), mask=inside)
+            if state is not None and i < W - 1:
                 tl.store(
                     dstate + (b * D + d) * (W - 1) + (u + W - 1),
                     gradient.to(dstate.dtype.element_ty),
@@ -145,12 +143,33 @@ def conv_backward(
             grads = _without_the_first(grads, W)
             if seq_idx is not None:
                 same = _without_the_first(same, W - 1)
+        x += U * x_hop
+        dout += U * dout_hop
+        dx += U * dx_hop
+        x_rows, dout_rows = next_x_rows, next_dout_rows
 
-    partial = (tl.program_id(0) // tl.cdiv(D, BD)).to(tl.int64) * D + d
+    columns = D * W if bias is None else D * W + D
+    partials += (tl.program_id(0) // tl.cdiv(D, BD)).to(tl.int64) * columns
     for s in tl.static_range(W):
-        tl.store(dweight + partial * W + (W - 1 - s), tl.sum(dtaps[s], axis=0, keep_dims=True), mask=in_d)
+        tl.store(partials + d * W + (W - 1 - s), tl.sum(dtaps[s], axis=0, keep_dims=True), mask=in_d)
     if bias is not None:
-        tl.store(dbias + partial, tl.sum(dshift, axis=0, keep_dims=True), mask=in_d)
+        tl.store(partials + D * W + d, tl.sum(dshift, axis=0, keep_dims=True), mask=in_d)
+
+
+@triton.jit(do_not_specialize=["count"])
+def sum_partials(partials, dweight, dbias, count, D, W: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
+    """dweight and dbias (or None), each the sum of ``count`` partial ones in a fixed order. Grid (tiles of columns)."""
+    columns = D * W if dbias is None else D * W + D
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    total = tl.zeros([BP, BC], tl.float32)
+    for first in range(0, count, BP):
+        p = first + tl.arange(0, BP)
+        inside = (p < count)[:, None] & (c < columns)[None, :]
+        total += tl.load(partials + p.to(tl.int64)[:, None] * columns + c[None, :], mask=inside, other=0.0)
+    result = tl.sum(total, axis=0)
+    tl.store(dweight + c, result.to(dweight.dtype.element_ty), mask=c < D * W)
+    if dbias is not None:
+        tl.store(dbias + (c - D * W), result.to(dbias.dtype.element_ty), mask=(c >= D * W) & (c < columns))
 
 
 @triton.jit
@@ -164,10 +183,12 @@ def _without_the_first(values, COUNT: tl.constexpr):
 def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]]:
     """(kernel, signature, constant arguments, warps) of typical calls, for a compile test that needs no GPU."""
     pointers = {"dout": "*bf16", "x": "*bf16", "weight": "*fp32", "bias": "*fp32", "state": "*fp32", "seq_idx": "*i32"}
-    pointers |= {"dx": "*bf16", "dweight": "*fp32", "dbias": "*fp32", "dstate": "*fp32"}
+    pointers |= {"dx": "*bf16", "partials": "*fp32", "dstate": "*fp32"}
     numbers = {"L": "i32", "D": "i32", "dout_batch": "i64", "dout_row": "i64", "x_batch": "i64", "x_row": "i64"}
     numbers |= {"chunks": "i32", "total": "i32", "steps": "i32"}
     constants = {"SILU": True, "REVERSE": True, "W": 4, "U": 4, "BR": 4, "BD": 128}
-    absent = dict.fromkeys(("bias", "dbias", "state", "dstate", "seq_idx"))
+    absent = dict.fromkeys(("bias", "state", "dstate", "seq_idx"))
     yield example(conv_backward, pointers | numbers, constants, 4)
     yield example(conv_backward, pointers | numbers, constants | absent, 4)
+    sums = {"partials": "*fp32", "dweight": "*bf16", "dbias": "*fp32", "count": "i32", "D": "i32"}
+    yield example(sum_partials, sums, {"W": 4, "BP": 64, "BC": 32}, 4)

@@ -9,8 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
-from mambakit.kernels.conv.triton_backward import conv_backward
+from mambakit.kernels.conv.triton_backward import conv_backward, sum_partials
 from mambakit.kernels.conv.triton_kernels import conv_forward, conv_update
+from mambakit.kernels.launch import launch
 
 WARPS = 4
 FILLED = 512  # programs that keep a large device busy
@@ -67,7 +68,9 @@ def forward(
     x = _channels_last(x)
     out = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
     cut = tiling(batch, length, channels, 16 // x.itemsize, 4, 64, 8, 0)
-    conv_forward[(cut.programs,)](
+    launch(
+        conv_forward,
+        (cut.programs,),
         x,
         weight.contiguous(),
         bias if bias is None else bias.contiguous(),
@@ -81,12 +84,12 @@ def forward(
         cut.chunks,
         cut.total,
         cut.steps,
-        silu,
-        reverse,
-        weight.shape[1],
-        cut.unroll,
-        cut.rows,
-        cut.channels,
+        SILU=silu,
+        REVERSE=reverse,
+        W=weight.shape[1],
+        U=cut.unroll,
+        BR=cut.rows,
+        BD=cut.channels,
         num_warps=WARPS,
     )
     return out
@@ -109,21 +112,25 @@ def backward(
     dx = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
     # Half the forward's channels a thread: the sums fill as many registers as the windows.
     cut = tiling(batch, length, channels, 4, 4, 64, 32, width - 1)
-    dweight = torch.empty((cut.tiles, channels, width), dtype=torch.float32, device=x.device)
-    dbias = None if bias is None else torch.empty((cut.tiles, channels), dtype=torch.float32, device=x.device)
-    dstate = (
-        None if initial_state is None else torch.empty(initial_state.shape, dtype=initial_state.dtype, device=x.device)
-    )
-    conv_backward[(cut.programs,)](
+    columns = channels * width if bias is None else channels * (width + 1)
+    partials = torch.empty((cut.tiles, columns), dtype=torch.float32, device=x.device)
+    dweight = torch.empty((channels, width), dtype=weight.dtype, device=x.device)
+    dbias = None if bias is None else torch.empty((channels,), dtype=bias.dtype, device=x.device)
+    dstate = None
+    if initial_state is not None:
+        initial_state = initial_state.contiguous()
+        dstate = torch.empty((batch, channels, width - 1), dtype=initial_state.dtype, device=x.device)
+    launch(
+        conv_backward,
+        (cut.programs,),
         dout,
         x,
         weight.contiguous(),
         bias if bias is None else bias.contiguous(),
-        initial_state if initial_state is None else initial_state.contiguous(),
+        initial_state,
         seq_idx if seq_idx is None else seq_idx.contiguous(),
         dx,
-        dweight,
-        dbias,
+        partials,
         dstate,
         length,
         channels,
@@ -134,20 +141,17 @@ def backward(
         cut.chunks,
         cut.total,
         cut.steps,
-        silu,
-        reverse,
-        width,
-        cut.unroll,
-        cut.rows,
-        cut.channels,
+        SILU=silu,
+        REVERSE=reverse,
+        W=width,
+        U=cut.unroll,
+        BR=cut.rows,
+        BD=cut.channels,
         num_warps=WARPS,
     )
-    return (
-        dx,
-        dweight.sum(0).to(weight.dtype),
-        None if bias is None or dbias is None else dbias.sum(0).to(bias.dtype),
-        dstate,
-    )
+    grid = (triton.cdiv(columns, 32),)
+    launch(sum_partials, grid, partials, dweight, dbias, cut.tiles, channels, W=width, BP=64, BC=32, num_warps=WARPS)
+    return dx, dweight, dbias, dstate
 
 
 def update(
