@@ -82,8 +82,9 @@ def add_norm_backward(
     bias: Tensor | None,
     mean: Tensor | None,
     rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """ds (R, D), the gradient of x and of residual, in s's dtype; dweight, dbias."""
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """ds (R, D), the gradient of x and of residual, in s's dtype and again in ``dtype``; dweight, dbias."""
     exact, channels = rstd.dtype, s.shape[1]
     ds = torch.empty(s.shape, dtype=s.dtype, device=s.device)
     wide = weight.to(exact)
@@ -103,7 +104,8 @@ def add_norm_backward(
         if dbias is not None:
             dbias += block_dy.sum(0)
         ds[block] = block_ds if dsummed is None else block_ds.add_(dsummed[block])
-    return ds, dweight.to(weight.dtype), None if dbias is None or bias is None else dbias.to(bias.dtype)
+    dbias = None if dbias is None or bias is None else dbias.to(bias.dtype)
+    return ds, ds.to(dtype), dweight.to(weight.dtype), dbias
 
 
 def gated_rms_norm(

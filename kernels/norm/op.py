@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from mambakit.kernels.checks import FLOATS, check_device, check_dtype, check_shape
 from mambakit.kernels.dispatch import choose
 from mambakit.kernels.norm import chunked, reference
+from mambakit.kernels.registration import register
 
 MAX_TRITON_CHANNELS = 8192  # a row is held in registers
 
@@ -179,12 +181,16 @@ def _implementation(backend: str) -> Any:
     return chunked
 
 
+def _as_they_are(backend: str, tensor: Tensor) -> Any:
+    """Autocast off for vectorised PyTorch, where the dtypes are chosen and not autocast's to change."""
+    return nullcontext() if backend == "triton" else torch.autocast(tensor.device.type, enabled=False)
+
+
 def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-@torch.library.custom_op("mambakit::add_norm", mutates_args=())
-def _add_norm(
+def _forward(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor,
@@ -195,7 +201,7 @@ def _add_norm(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, s (empty without residual), mean (empty unless centered), rstd."""
-    with torch.autocast(x.device.type, enabled=False):  # the dtypes here are chosen, not autocast's to change
+    with _as_they_are(backend, x):
         y, summed, mean, rstd = _implementation(backend).add_norm(
             _rows(x), None if residual is None else _rows(residual), weight, bias, eps, centered, dtype
         )
@@ -208,8 +214,7 @@ def _add_norm(
     )
 
 
-@_add_norm.register_fake
-def _(x, residual, weight, bias, eps, centered, dtype, backend):  # type: ignore[no-untyped-def]
+def _fake_forward(x, residual, weight, bias, eps, centered, dtype, backend):  # type: ignore[no-untyped-def]
     exact = torch.promote_types(dtype, torch.float32)
     return (
         x.new_empty(x.shape),
@@ -219,8 +224,7 @@ def _(x, residual, weight, bias, eps, centered, dtype, backend):  # type: ignore
     )
 
 
-@torch.library.custom_op("mambakit::add_norm_backward", mutates_args=())
-def _add_norm_backward(
+def _backward(
     dy: Tensor,
     dsummed: Tensor | None,
     s: Tensor,
@@ -229,11 +233,14 @@ def _add_norm_backward(
     mean: Tensor,
     rstd: Tensor,
     centered: bool,
+    dtype: torch.dtype,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of s in its dtype, dweight, dbias (empty without bias)."""
-    with torch.autocast(s.device.type, enabled=False):
-        ds, dweight, dbias = _implementation(backend).add_norm_backward(
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradient of s in its dtype, the same in ``dtype`` (empty where that is s's), dweight, dbias (empty without
+    bias).
+    """
+    with _as_they_are(backend, s):
+        ds, dx, dweight, dbias = _implementation(backend).add_norm_backward(
             _rows(dy),
             None if dsummed is None else _rows(dsummed),
             _rows(s),
@@ -241,17 +248,19 @@ def _add_norm_backward(
             bias,
             mean.view(-1) if centered else None,
             rstd.view(-1),
+            dtype,
         )
-    return ds.view(s.shape), dweight, weight.new_empty(0) if dbias is None else dbias
+    dx = s.new_empty(0) if dtype == s.dtype else dx.view(s.shape)
+    return ds.view(s.shape), dx, dweight, weight.new_empty(0) if dbias is None else dbias
 
 
-@_add_norm_backward.register_fake
-def _(dy, dsummed, s, weight, bias, mean, rstd, centered, backend):  # type: ignore[no-untyped-def]
+def _fake_backward(dy, dsummed, s, weight, bias, mean, rstd, centered, dtype, backend):  # type: ignore[no-untyped-def]
+    dx = s.new_empty(0 if dtype == s.dtype else s.shape, dtype=dtype)
     dbias = weight.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return s.new_empty(s.shape), weight.new_empty(weight.shape), dbias
+    return s.new_empty(s.shape), dx, weight.new_empty(weight.shape), dbias
 
 
-def _add_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, residual, weight, bias, _, ctx.centered, _, ctx.backend = inputs
     _, summed, mean, rstd = output
     ctx.x_dtype = x.dtype
@@ -261,39 +270,42 @@ def _add_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.set_materialize_grads(False)  # no zeros for the half that was not used
 
 
-def _add_norm_gradients(ctx: Any, dy: Tensor | None, dsummed: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dy: Tensor | None, dsummed: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     s, weight, bias, mean, rstd = ctx.saved_tensors
     if ctx.residual_dtype is None:
         dsummed = None  # the empty placeholder's
-    ds, dweight, dbias = dsummed, None, None
-    if dy is not None:
-        ds, dweight, dbias = _add_norm_backward(dy, dsummed, s, weight, bias, mean, rstd, ctx.centered, ctx.backend)
-    dx = None if ds is None else ds.to(ctx.x_dtype)
+    dweight, dbias = None, None
+    if dy is None:
+        ds = dsummed
+        dx = None if ds is None else ds.to(ctx.x_dtype)
+    else:
+        ds, dx, dweight, dbias = _add_norm_backward(
+            dy, dsummed, s, weight, bias, mean, rstd, ctx.centered, ctx.x_dtype, ctx.backend
+        )
+        dx = ds if ctx.x_dtype == s.dtype else dx
     dresidual = None if ds is None or ctx.residual_dtype is None else ds.to(ctx.residual_dtype)
     return dx, dresidual, dweight, None if bias is None else dbias, None, None, None, None
 
 
-_add_norm.register_autograd(_add_norm_gradients, setup_context=_add_norm_setup)
+_add_norm_backward = register("add_norm_backward", _backward, _fake_backward)
+_add_norm = register("add_norm", _forward, _fake_forward, _save, _gradients)
 
 
-@torch.library.custom_op("mambakit::gated_rms_norm", mutates_args=())
-def _gated_rms_norm(
+def _gated_forward(
     x: Tensor, z: Tensor, weight: Tensor, eps: float, norm_before_gate: bool, group_size: int, backend: str
 ) -> tuple[Tensor, Tensor]:
     """y, rstd (..., G)."""
-    with torch.autocast(x.device.type, enabled=False):
+    with _as_they_are(backend, x):
         y, rstd = _implementation(backend).gated_rms_norm(_rows(x), _rows(z), weight, eps, norm_before_gate, group_size)
     return y.view(x.shape), rstd.view(*x.shape[:-1], -1)
 
 
-@_gated_rms_norm.register_fake
-def _(x, z, weight, eps, norm_before_gate, group_size, backend):  # type: ignore[no-untyped-def]
+def _fake_gated_forward(x, z, weight, eps, norm_before_gate, group_size, backend):  # type: ignore[no-untyped-def]
     exact = torch.promote_types(x.dtype, torch.float32)
     return x.new_empty(x.shape), x.new_empty(*x.shape[:-1], x.shape[-1] // group_size, dtype=exact)
 
 
-@torch.library.custom_op("mambakit::gated_rms_norm_backward", mutates_args=())
-def _gated_rms_norm_backward(
+def _gated_backward(
     dy: Tensor,
     x: Tensor,
     z: Tensor,
@@ -303,30 +315,27 @@ def _gated_rms_norm_backward(
     group_size: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
+    with _as_they_are(backend, x):
         dx, dz, dweight = _implementation(backend).gated_rms_norm_backward(
             _rows(dy), _rows(x), _rows(z), weight, _rows(rstd), norm_before_gate, group_size
         )
     return dx.view(x.shape), dz.view(x.shape), dweight
 
 
-@_gated_rms_norm_backward.register_fake
-def _(dy, x, z, weight, rstd, norm_before_gate, group_size, backend):  # type: ignore[no-untyped-def]
+def _fake_gated_backward(dy, x, z, weight, rstd, norm_before_gate, group_size, backend):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape), z.new_empty(z.shape), weight.new_empty(weight.shape)
 
 
-def _gated_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, z, weight, _, ctx.norm_before_gate, ctx.group_size, ctx.backend = inputs
+def _gated_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, z, weight, _, *ctx.options = inputs
     ctx.save_for_backward(x, z, weight, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _gated_gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    x, z, weight, rstd = ctx.saved_tensors
-    dx, dz, dweight = _gated_rms_norm_backward(
-        dy, x, z, weight, rstd, ctx.norm_before_gate, ctx.group_size, ctx.backend
-    )
+    dx, dz, dweight = _gated_rms_norm_backward(dy, *ctx.saved_tensors, *ctx.options)
     return dx, dz, dweight, None, None, None, None
 
 
-_gated_rms_norm.register_autograd(_gated_gradients, setup_context=_gated_setup)
+_gated_rms_norm_backward = register("gated_rms_norm_backward", _gated_backward, _fake_gated_backward)
+_gated_rms_norm = register("gated_rms_norm", _gated_forward, _fake_gated_forward, _gated_save, _gated_gradients)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
 
+from mambakit.kernels.launch import launch
 from mambakit.kernels.norm.triton_kernels import (
     GATE_AFTER_NORM,
     GATE_BEFORE_NORM,
@@ -14,7 +18,8 @@ from mambakit.kernels.norm.triton_kernels import (
     norm_forward,
 )
 
-PROGRAMS = 256  # of the backward, each of which leaves one row of partial sums
+THREAD_CHANNELS = 16  # at least, of one row or several
+PROGRAMS = 512  # of the backward, each of which leaves one row of partial sums
 
 
 def add_norm(
@@ -41,10 +46,13 @@ def add_norm_backward(
     bias: Tensor | None,
     mean: Tensor | None,
     rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As :func:`mambakit.kernels.norm.chunked.add_norm_backward`."""
-    ds, _, dweight, dbias = _backward(dy, dsummed, s, None, weight, bias, mean, rstd, NO_GATE.value, s.shape[1])
-    return ds, dweight, dbias
+    dx = None if dtype == s.dtype else torch.empty(s.shape, dtype=dtype, device=s.device)
+    gate, channels = NO_GATE.value, s.shape[1]
+    ds, _, dweight, dbias = _backward(dy, dsummed, s, None, weight, bias, mean, rstd, dx, gate, channels)
+    return ds, ds if dx is None else dx, dweight, dbias
 
 
 def gated_rms_norm(
@@ -59,8 +67,8 @@ def gated_rms_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`mambakit.kernels.norm.chunked.gated_rms_norm_backward`."""
     gate = _gate(norm_before_gate)
-    dx, dz, dweight, _ = _backward(dy, None, x, z, weight, None, None, rstd, gate, group_size)
-    return dx, dz, dweight
+    dx, dz, dweight, _ = _backward(dy, None, x, z, weight, None, None, rstd, None, gate, group_size)
+    return dx, dx if dz is None else dz, dweight
 
 
 def _gate(norm_before_gate: bool) -> int:
@@ -83,34 +91,34 @@ def _forward(
     rows, channels = x.shape
     groups = channels // group_size
     x = _dense(x)
-    residual = x if residual is None else _dense(residual)
-    gates = x if z is None else _dense(z)
+    residual = None if residual is None else _dense(residual)
+    z = None if z is None else _dense(z)
     y = torch.empty(rows, channels, dtype=x.dtype, device=x.device)
     rstd = torch.empty(rows, groups, dtype=torch.float32, device=x.device)
-    tile, tile_k, warps = _tile(group_size, 2048)
-    norm_forward[(triton.cdiv(rows, tile), groups)](
+    tile = tiling(group_size)
+    launch(
+        norm_forward,
+        (triton.cdiv(rows, tile.rows), groups),
         x,
         residual,
-        gates,
+        z,
         weight.contiguous(),
-        weight if bias is None else bias.contiguous(),
+        None if bias is None else bias.contiguous(),
         y,
-        y if summed is None else summed,
-        rstd if mean is None else mean,
+        summed,
+        mean,
         rstd,
         rows,
         group_size,
         eps,
         x.stride(0),
-        residual.stride(0),
-        gates.stride(0),
-        CENTERED=mean is not None,
-        HAS_RESIDUAL=summed is not None,
-        HAS_BIAS=bias is not None,
+        0 if residual is None else residual.stride(0),
+        0 if z is None else z.stride(0),
         GATE=gate,
-        BR=tile,
-        BK=tile_k,
-        num_warps=warps,
+        BR=tile.rows,
+        NT=tile.tiles,
+        TK=tile.channels,
+        num_warps=tile.warps,
     )
     return y, rstd
 
@@ -124,29 +132,33 @@ def _backward(
     bias: Tensor | None,
     mean: Tensor | None,
     rstd: Tensor,
+    dx: Tensor | None,
     gate: int,
     group_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The gradients of s (or of x under a gate), z (meaningless without), weight and bias."""
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """The gradients of s (or of x under a gate), z, weight and bias; that of s is written into dx too where given."""
     rows, channels = s.shape
     groups = channels // group_size
     dy, s = _dense(dy), _dense(s)
-    dsums = dy if dsummed is None else _dense(dsummed)
-    gates = s if z is None else _dense(z)
-    dx = torch.empty(rows, channels, dtype=s.dtype, device=s.device)
-    dz = dx if z is None else torch.empty(rows, channels, dtype=z.dtype, device=s.device)
-    tile, tile_k, warps = _tile(group_size, 1024)
-    programs = min(PROGRAMS, triton.cdiv(rows, tile))
+    dsummed = None if dsummed is None else _dense(dsummed)
+    z = None if z is None else _dense(z)
+    ds = torch.empty(rows, channels, dtype=s.dtype, device=s.device)
+    dz = None if z is None else torch.empty(rows, channels, dtype=z.dtype, device=s.device)
+    tile = tiling(group_size)
+    programs = min(triton.cdiv(PROGRAMS, groups), triton.cdiv(rows, tile.rows))
     dweight = torch.empty(programs, channels, dtype=torch.float32, device=s.device)
-    dbias = dweight if bias is None else torch.empty_like(dweight)
-    norm_backward[(programs, groups)](
+    dbias = None if bias is None else torch.empty_like(dweight)
+    launch(
+        norm_backward,
+        (programs, groups),
         dy,
-        dsums,
+        dsummed,
         s,
-        gates,
+        z,
         weight.contiguous(),
-        rstd if mean is None else mean,
+        mean,
         rstd,
+        ds,
         dx,
         dz,
         dweight,
@@ -154,25 +166,41 @@ def _backward(
         rows,
         group_size,
         dy.stride(0),
-        dsums.stride(0),
+        0 if dsummed is None else dsummed.stride(0),
         s.stride(0),
-        gates.stride(0),
-        CENTERED=mean is not None,
-        HAS_DSUMMED=dsummed is not None,
-        HAS_BIAS=bias is not None,
+        0 if z is None else z.stride(0),
         GATE=gate,
-        BR=tile,
-        BK=tile_k,
-        num_warps=warps,
+        BR=tile.rows,
+        NT=tile.tiles,
+        TK=tile.channels,
+        num_warps=tile.warps,
     )
-    return dx, dz, dweight.sum(0).to(weight.dtype), None if bias is None else dbias.sum(0).to(bias.dtype)
+    summed_bias = None if bias is None or dbias is None else dbias.sum(0).to(bias.dtype)
+    return ds, dz, dweight.sum(0).to(weight.dtype), summed_bias
 
 
 def _dense(rows: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _tile(channels: int, elements: int) -> tuple[int, int, int]:
-    """(rows, padded channels, warps) of a program that holds at least ``elements``."""
-    padded = triton.next_power_of_2(channels)
-    return max(1, elements // padded), padded, min(16, max(4, padded // 512))
+class Tiling(NamedTuple):
+    """A program's registers: ``rows`` of ``tiles`` tiles of ``channels``, in ``warps`` warps."""
+
+    rows: int
+    tiles: int
+    channels: int
+    warps: int
+
+
+@lru_cache(maxsize=256)
+def tiling(channels: int) -> Tiling:
+    """Four channels a thread in a tile, as many tiles as the row needs and eight at most: 32 channels a thread."""
+    in_a_row = max(1, triton.next_power_of_2(channels) // 1024)  # warps
+    warps = max(4, in_a_row)
+    if channels < 128:
+        tile = max(16, triton.next_power_of_2(channels))
+    else:  # the width that leaves the fewest threads idle, the widest of equals
+        tile = min((128 * in_a_row, 64 * in_a_row), key=lambda width: triton.cdiv(channels, width) * width)
+    count = triton.cdiv(channels, tile)
+    rows = max(warps // in_a_row, THREAD_CHANNELS * 32 * warps // (count * tile))
+    return Tiling(2 ** (rows.bit_length() - 1), count, tile, warps)

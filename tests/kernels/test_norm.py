@@ -176,7 +176,7 @@ def test_opcheck(backend: str, optional: bool) -> None:
     with torch.no_grad():
         _, _, mean, rstd = ops.add_norm(*forward)
     saved = [None if t is None else t.detach() for t in (x, residual, x, weight, bias, mean, rstd)]
-    torch.library.opcheck(ops.add_norm_backward, (*saved, optional, backend), test_utils=checks)
+    torch.library.opcheck(ops.add_norm_backward, (*saved, optional, torch.float32, backend), test_utils=checks)
     torch.library.opcheck(ops.gated_rms_norm, (x, x, weight, 1e-5, optional, 2, backend), test_utils=checks)
     rstd = torch.ones(3, 2, device=DEVICE)
     rows = (x.detach(), x.detach(), x.detach(), weight.detach(), rstd)
