@@ -56,18 +56,18 @@ def forward(given: Arguments, backend: str) -> tuple[Tensor, Tensor, Tensor, Ten
     (T, D), empty where the backward computes it again.
     """
     conv, scan = implementations(backend)
+    x_proj, dt_proj, out_proj = _projections(given)
     x, z = given.xz.chunk(2, dim=-1)
     u = conv.forward(x, given.conv_weight, given.conv_bias, given.conv_state, given.seq_idx, True, False)
-    x_dbl = _tokens(u) @ given.x_proj_weight.to(u.dtype).t()
-    delta, B, C = _select(given, x_dbl)
+    x_dbl = _tokens(u) @ x_proj.t()
+    delta, B, C = _select(given, x_dbl, dt_proj)
     y, final_state, checkpoints = scan.scan_forward(
         u, delta, given.A, B, C, given.D, z, given.dt_bias, given.ssm_state, given.seq_idx, True, 0
     )
-    weight = given.out_proj_weight.to(y.dtype).t()
     if given.out_proj_bias is None:
-        out = _tokens(y) @ weight
+        out = _tokens(y) @ out_proj.t()
     else:
-        out = torch.addmm(given.out_proj_bias.to(y.dtype), _tokens(y), weight)
+        out = torch.addmm(given.out_proj_bias.to(y.dtype), _tokens(y), out_proj.t())
     kept = y.new_empty(0) if backend == "triton" else _tokens(y)
     return out.view(*y.shape[:2], -1), final_state, x_dbl, checkpoints, kept
 
@@ -80,13 +80,13 @@ def backward(
     """
     conv, scan = implementations(backend)
     x_dbl, checkpoints, kept = saved
+    x_proj, dt_proj, out_proj = _projections(given)
     x, z = given.xz.chunk(2, dim=-1)
-    rank = given.dt_proj_weight.shape[1]
-    compute = given.xz.dtype
+    rank = dt_proj.shape[1]
     dout = dout.reshape(-1, dout.shape[-1])
-    dy = (dout @ given.out_proj_weight.to(compute)).view(x.shape)
+    dy = (dout @ out_proj).view(x.shape)
     u = conv.forward(x, given.conv_weight, given.conv_bias, given.conv_state, given.seq_idx, True, False)
-    delta, B, C = _select(given, x_dbl)
+    delta, B, C = _select(given, x_dbl, dt_proj)
     arguments = (u, delta, given.A, B, C, given.D, z, given.dt_bias, given.ssm_state, given.seq_idx, checkpoints)
     du, ddelta, dA, dB, dC, dD, dz, ddt_bias, dssm_state, *recomputed = scan.scan_backward(
         dy, dfinal_state, *arguments, True, 0, recompute_out=backend == "triton"
@@ -94,14 +94,14 @@ def backward(
     del dy, delta, arguments  # of D numbers a token each, as the next ones below: gone as soon as they have served
     y = _tokens(recomputed.pop()) if recomputed else kept
     dout_proj_weight = _weight_gradient(dout, y, given.out_proj_weight)
-    del y, kept
+    del y
     dx_dbl = torch.empty_like(x_dbl)
-    torch.mm(_tokens(ddelta), given.dt_proj_weight.to(compute), out=dx_dbl[:, :rank])
+    torch.mm(_tokens(ddelta), dt_proj, out=dx_dbl[:, :rank])
     torch.cat((_tokens(dB), _tokens(dC)), dim=1, out=dx_dbl[:, rank:])
     ddt_proj_weight = _weight_gradient(_tokens(ddelta), x_dbl[:, :rank], given.dt_proj_weight)
     del ddelta
     dx_proj_weight = _weight_gradient(dx_dbl, _tokens(u), given.x_proj_weight)
-    _tokens(du).addmm_(dx_dbl, given.x_proj_weight.to(compute))
+    _tokens(du).addmm_(dx_dbl, x_proj)
     del u
     dx, dconv_weight, dconv_bias, dconv_state = conv.backward(
         du, x, given.conv_weight, given.conv_bias, given.conv_state, given.seq_idx, True, False
@@ -130,12 +130,18 @@ def _tokens(tensor: Tensor) -> Tensor:
     return tensor.view(-1, tensor.shape[-1])
 
 
-def _select(given: Arguments, x_dbl: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _projections(given: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights of x_proj, dt_proj and out_proj in the dtype of the products."""
+    x_proj, dt_proj, out_proj = given.x_proj_weight, given.dt_proj_weight, given.out_proj_weight
+    return x_proj.to(given.xz.dtype), dt_proj.to(given.xz.dtype), out_proj.to(given.xz.dtype)
+
+
+def _select(given: Arguments, x_dbl: Tensor, dt_proj: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """delta (B, L, D) before bias and softplus, B and C (B, L, N), from x_dbl (T, R + 2N)."""
     batch, length, _ = given.xz.shape
-    rank, d_state = given.dt_proj_weight.shape[1], given.A.shape[1]
+    rank, d_state = dt_proj.shape[1], given.A.shape[1]
     dt, B, C = x_dbl.split([rank, d_state, d_state], dim=1)
-    delta = (dt @ given.dt_proj_weight.to(x_dbl.dtype).t()).view(batch, length, -1)
+    delta = (dt @ dt_proj.t()).view(batch, length, -1)
     if given.lengths is not None:
         # The gradient needs no mask: softplus is flat there, exactly.
         delta.masked_fill_(padding(delta, given.lengths), NO_STEP)
