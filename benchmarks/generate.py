@@ -25,7 +25,7 @@ import torch
 from mambakit import Backbone
 from mambakit.generation import generate, release_graphs
 from mambakit.generation.fused import FusedStep, obstacle
-from mambakit.generation.graph import GraphedStep
+from mambakit.generation.graph import Decoder
 from mambakit.generation.sampling import SamplingOptions
 from mambakit.models import LanguageModel
 
@@ -65,7 +65,7 @@ def measure(
 
     Returns:
         Figures by name: tokens_per_second (prompt included), step_milliseconds (one replay), step_of_floor,
-        prefill_milliseconds, peak_bytes, logits_error (relative RMS against ``model.step``), peer_tokens_per_second.
+        prompt_milliseconds, peak_bytes, logits_error (relative RMS against ``model.step``), peer_tokens_per_second.
 
     Raises:
         RuntimeError: the fused step cannot serve here, or disagrees with ``model.step``.
@@ -87,10 +87,11 @@ def measure(
     call()
     seconds = statistics.median(seconds_of(call) for _ in range(repeats))
     peak = torch.cuda.max_memory_allocated()
-    prefill = statistics.median(seconds_of(lambda: read_prompt(model, prompt)) for _ in range(repeats))
     release_graphs(model)
     with torch.inference_mode():
-        graphed = GraphedStep(FusedStep(model, work.batch, dtype), SamplingOptions(temperature))
+        graphed = Decoder(FusedStep(model, work.batch, dtype), SamplingOptions(temperature))
+        graphed.read(model, prompt, None)
+        reading = statistics.median(seconds_of(lambda: graphed.read(model, prompt, None)) for _ in range(repeats))
         step = seconds_of(lambda: [graphed.graph.replay() for _ in range(100)]) / 100
         floor = step_bytes(graphed.step) / BYTES_A_SECOND
     return {
@@ -101,7 +102,7 @@ def measure(
         "tokens_per_second": work.batch * work.new / seconds,
         "step_milliseconds": 1e3 * step,
         "step_of_floor": floor / step,
-        "prefill_milliseconds": 1e3 * prefill,
+        "prompt_milliseconds": 1e3 * reading,
         "peak_bytes": peak,
         "logits_error": error,
         "peer_tokens_per_second": work.peer,
@@ -138,11 +139,6 @@ def check(model: LanguageModel, dtype: torch.dtype, batch: int = 3, length: int 
     return worst
 
 
-@torch.inference_mode()
-def read_prompt(model: LanguageModel, prompt: torch.Tensor) -> None:
-    model.prefill(prompt)
-
-
 def seconds_of(function: Any) -> float:
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -164,7 +160,7 @@ def profile(name: str) -> None:
     work, device = WORKS[name], torch.device("cuda", torch.cuda.current_device())
     model = build(work, torch.bfloat16, device)
     with torch.inference_mode():
-        graphed = GraphedStep(FusedStep(model, work.batch, torch.bfloat16), SamplingOptions(0.0))
+        graphed = Decoder(FusedStep(model, work.batch, torch.bfloat16), SamplingOptions(0.0))
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             for _ in range(20):
                 graphed.graph.replay()
@@ -188,7 +184,7 @@ def main() -> None:
         print(
             f"{name:10} {one['tokens_per_second']:9,.0f} tokens/s (peer {one['peer_tokens_per_second']:,.0f})   "
             f"step {one['step_milliseconds']:.3f} ms, {one['step_of_floor']:.0%} of floor   "
-            f"prompt {one['prefill_milliseconds']:.1f} ms   peak {one['peak_bytes'] / 2**30:.2f} GiB   "
+            f"prompt {one['prompt_milliseconds']:.1f} ms   peak {one['peak_bytes'] / 2**30:.2f} GiB   "
             f"logits {one['logits_error']:.2g}"
         )
     if options.json is not None:

@@ -74,6 +74,23 @@ def test_a_step_reads_new_values_of_the_parameters() -> None:
     assert torch.equal(first_half, want_half)
 
 
+@pytest.mark.parametrize("side", ["left", "right", None])
+def test_a_prompt_read_in_chunks_is_a_prompt_read_at_once(side: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "CHUNK", 4)
+    model, ids, mask = language_model().to(DEVICE), tokens(3, 11), None
+    if side is not None:
+        lengths = torch.tensor([[11], [2], [5]], device=DEVICE)
+        place = torch.arange(11, device=DEVICE)
+        mask = (place if side == "right" else 10 - place) < lengths
+    want, state = model.prefill(ids, mask=mask)
+    reader = graph.PromptReader(model.init_state(3), torch.full_like(want, torch.nan), ids[:, 0])
+    for other in (tokens(3, 7, seed=1), ids):  # the second prompt begins from an empty memory
+        got = reader(model, other, None if other is not ids else mask, torch.float32)
+    assert_close("logits", got, want)
+    for one, wanted in zip(reader.state.tensors(), state.tensors(), strict=True):
+        assert_close("state", one, wanted)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

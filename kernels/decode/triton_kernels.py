@@ -1,6 +1,6 @@
-"""The two kernels of a fused decoding step: a linear map of few rows, and the selective state's step.
+"""The kernels of a decoding step: linear maps of few rows, the selective state's step, and the ends of the model.
 
-Each reads its weights before ``gdc_wait``. With programmatic dependent launch (PDL, compute capability 9.0 on) the
+They read their weights before ``gdc_wait``. With programmatic dependent launch (PDL, compute capability 9.0 on) the
 kernel starts while the one before it still runs, and ``gdc_wait`` holds it until the other's results are visible: the
 weights, which no kernel writes, then arrive during that time. Every kernel waits, so a kernel that has passed its wait
 knows all earlier ones of the step finished. Arithmetic is float32; what a model's own ``step`` rounds to the
@@ -23,65 +23,114 @@ from mambakit.kernels.scan.triton_common import LOG2E, sigmoid, softplus
 
 
 @triton.jit
+def embed_kernel(ids, table, out, K, BK: tl.constexpr):
+    """out (B, K) = table[ids]. Grid (B,)."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BK)
+    line = tl.load(table + tl.load(ids + row).to(tl.int64) * K + k, mask=k < K)
+    tl.store(out + row * K + k, line.to(out.dtype.element_ty), mask=k < K)
+
+
+@triton.jit
 def linear_step_kernel(
     x, norm_weight, weight, bias, out, conv_state, conv_weight, conv_bias,
-    batch, x_b, K, R, conv_channels, eps,
-    NORM: tl.constexpr, ADD: tl.constexpr, W: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    x_b, out_b, K, R, conv_channels, eps,
+    BATCH: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, W: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """BR outputs of every row of the batch: out (B, R) = x (B, K) weight (R, K)ᵀ + bias. Grid (tiles of R,).
+    """out (B, R) = x (B, K) weight (R, K)ᵀ + bias. Grid (programs,), each of which takes every so-manieth BR outputs.
 
     With NORM, x is normalised first (root mean square, gain ``norm_weight``); with ADD, out += instead of =; with W
     above 0, the first ``conv_channels`` outputs go through SiLU(causal convolution) of width W with its state (B,
-    conv_channels, W-1), oldest input first. Every program normalises the whole row again: it is a few kilobytes.
+    conv_channels, W-1), oldest input first. Every program normalises all of x again: it is a few kilobytes. While it
+    works on one tile of weights, the next is on its way.
     """
-    r = tl.program_id(0) * BR + tl.arange(0, BR)
     k = tl.arange(0, BK)
-    in_r, in_k = r < R, k < K
-    tile = tl.load(weight + r.to(tl.int64)[:, None] * K + k[None, :], mask=in_r[:, None] & in_k[None, :], other=0.0)
+    in_k = k < K
+    tile = _weights(weight, tl.program_id(0), R, K, BR, BK)
+    taps, windows = _filters(conv_weight, conv_bias, conv_state, tl.program_id(0), conv_channels, BATCH, W, BR)
     if NORM:
         gain = tl.load(norm_weight + k, mask=in_k, other=0.0).to(tl.float32)
-    if bias is not None:
-        shift = tl.load(bias + r, mask=in_r, other=0.0).to(tl.float32)
-    live = r < conv_channels
-    taps = ()
-    for j in tl.static_range(W):
-        taps += (tl.load(conv_weight + r * W + j, mask=live, other=0.0).to(tl.float32),)
-    if W > 0 and conv_bias is not None:
-        conv_shift = tl.load(conv_bias + r, mask=live, other=0.0).to(tl.float32)
     if PDL:
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
-    for row in range(batch):
-        # What the end needs is asked for at the beginning, so that it comes while the sums are made.
+    sums = _sums(out, out_b, tl.program_id(0), R, BATCH, ADD, BR)
+    vectors = ()
+    for row in tl.static_range(BATCH):
         vector = tl.load(x + row * x_b + k, mask=in_k, other=0.0).to(tl.float32)
-        target = out + row * R + r
-        if ADD:
-            before = tl.load(target, mask=in_r, other=0.0).to(tl.float32)
-        window = ()
-        states = conv_state + (row * conv_channels + r) * (W - 1)
-        for j in tl.static_range(W - 1):
-            window += (tl.load(states + j, mask=live, other=0.0).to(tl.float32),)
         if NORM:
             scale = 1.0 / tl.sqrt(tl.sum(vector * vector, axis=0) / K + eps)
             vector = (vector * scale * gain).to(weight.dtype.element_ty).to(tl.float32)
-        y = tl.sum(tile.to(tl.float32) * vector[None, :], axis=1)
+        vectors += (vector,)
+
+    for number in range(tl.program_id(0), tl.cdiv(R, BR), tl.num_programs(0)):
+        following = number + tl.num_programs(0)
+        next_tile = _weights(weight, following, R, K, BR, BK)
+        next_taps, next_windows = _filters(conv_weight, conv_bias, conv_state, following, conv_channels, BATCH, W, BR)
+        next_sums = _sums(out, out_b, following, R, BATCH, ADD, BR)
+        r = number * BR + tl.arange(0, BR)
+        live = r < conv_channels
+        for row in tl.static_range(BATCH):
+            y = tl.sum(tile.to(tl.float32) * vectors[row][None, :], axis=1)
+            if bias is not None:
+                y += tl.load(bias + r, mask=r < R, other=0.0).to(tl.float32)
+            y = y.to(weight.dtype.element_ty).to(tl.float32)
+            tl.debug_barrier()  # threads may hold copies of one output: all have read before any writes in place
+            if W > 0:
+                states = conv_state + (row * conv_channels + r) * (W - 1)
+                filtered = taps[W] + taps[W - 1] * y
+                for j in tl.static_range(W - 1):
+                    past = windows[row * (W - 1) + j]
+                    filtered += taps[j] * past
+                    if j > 0:
+                        tl.store(states + j - 1, past.to(conv_state.dtype.element_ty), mask=live)
+                tl.store(states + W - 2, y.to(conv_state.dtype.element_ty), mask=live)
+                y = tl.where(live, filtered * sigmoid(filtered), y)
+            if ADD:
+                y += sums[row]
+            tl.store(out + row * out_b + r, y.to(out.dtype.element_ty), mask=r < R)
+        tile, taps, windows, sums = next_tile, next_taps, next_windows, next_sums
+
+
+@triton.jit
+def _weights(weight, number, R, K, BR: tl.constexpr, BK: tl.constexpr):
+    """Tile ``number`` of weight (R, K): BR rows in weight's dtype; nothing is read past its end."""
+    r = number * BR + tl.arange(0, BR)
+    k = tl.arange(0, BK)
+    inside = (r < R)[:, None] & (k < K)[None, :]
+    return tl.load(weight + r.to(tl.int64)[:, None] * K + k[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _filters(weight, bias, state, number, channels, BATCH: tl.constexpr, W: tl.constexpr, BR: tl.constexpr):
+    """The convolution of tile ``number``: its W taps and its bias, and the W-1 past inputs of each row."""
+    r = number * BR + tl.arange(0, BR)
+    live = r < channels
+    taps = ()
+    windows = ()
+    if W > 0:
+        for j in tl.static_range(W):
+            taps += (tl.load(weight + r * W + j, mask=live, other=0.0).to(tl.float32),)
+        shift = tl.zeros([BR], tl.float32)
         if bias is not None:
-            y += shift
-        y = y.to(weight.dtype.element_ty).to(tl.float32)
-        tl.debug_barrier()  # threads may hold copies of one output: all have read before any writes in place
-        if W > 0:
-            filtered = taps[W - 1] * y
+            shift += tl.load(bias + r, mask=live, other=0.0).to(tl.float32)
+        taps += (shift,)
+        for row in tl.static_range(BATCH):
             for j in tl.static_range(W - 1):
-                filtered += taps[j] * window[j]
-                if j > 0:
-                    tl.store(states + j - 1, window[j].to(conv_state.dtype.element_ty), mask=live)
-            tl.store(states + W - 2, y.to(conv_state.dtype.element_ty), mask=live)
-            if conv_bias is not None:
-                filtered += conv_shift
-            y = tl.where(live, filtered * sigmoid(filtered), y)
-        if ADD:
-            y += before
-        tl.store(target, y.to(out.dtype.element_ty), mask=in_r)
+                past = tl.load(state + (row * channels + r) * (W - 1) + j, mask=live, other=0.0)
+                windows += (past.to(tl.float32),)
+    return taps, windows
+
+
+@triton.jit
+def _sums(out, out_b, number, R, BATCH: tl.constexpr, ADD: tl.constexpr, BR: tl.constexpr):
+    """What tile ``number`` of each row of ``out`` holds, to be added to."""
+    r = number * BR + tl.arange(0, BR)
+    sums = ()
+    if ADD:
+        for row in tl.static_range(BATCH):
+            sums += (tl.load(out + row * out_b + r, mask=r < R, other=0.0).to(tl.float32),)
+    return sums
 
 
 @triton.jit
@@ -127,16 +176,39 @@ def state_step_kernel(
     tl.store(out + row * channels + d, y.to(out.dtype.element_ty), mask=in_d)
 
 
+@triton.jit
+def argmax_kernel(x, out, x_b, V, BV: tl.constexpr, PDL: tl.constexpr):
+    """out (B,) = the first index of the largest of x (B, V). Grid (B,)."""
+    if PDL:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
+    x += tl.program_id(0).to(tl.int64) * x_b
+    v = tl.arange(0, BV)
+    best = tl.load(x + v, mask=v < V, other=float("-inf")).to(tl.float32)
+    where = v
+    for start in range(BV, V, BV):
+        value = tl.load(x + start + v, mask=start + v < V, other=float("-inf")).to(tl.float32)
+        better = value > best
+        best = tl.where(better, value, best)
+        where = tl.where(better, start + v, where)
+    first = tl.where(best == tl.max(best, axis=0), where, V)
+    # Where not even one is equal to the largest, as with NaN, the answer is still an index.
+    tl.store(out + tl.program_id(0), tl.minimum(tl.min(first, axis=0), V - 1).to(out.dtype.element_ty))
+
+
 def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]]:
     """(kernel, signature, constexprs, num_warps) of typical calls, for tests/kernels/test_triton_compiles.py."""
     half, wide = "*bf16", "*fp32"
     pointers = {"x": wide, "norm_weight": half, "weight": half, "bias": half, "out": half, "conv_state": wide}
     signature = pointers | {"conv_weight": half, "conv_bias": half}
-    signature |= dict.fromkeys(("batch", "x_b", "K", "R", "conv_channels"), "i32") | {"eps": "fp32"}
-    tile = {"BR": 8, "BK": 1024, "PDL": False}
+    signature |= dict.fromkeys(("x_b", "out_b", "K", "R", "conv_channels"), "i32") | {"eps": "fp32"}
+    tile = {"BATCH": 2, "BR": 8, "BK": 1024, "PDL": False}
     yield linear_step_kernel, signature, {"NORM": True, "ADD": False, "W": 4} | tile, 4
     yield linear_step_kernel, signature | {"x": half, "out": wide}, {"NORM": False, "ADD": True, "W": 0} | tile, 4
     signature = dict.fromkeys(("state",), wide) | dict.fromkeys(("x", "z", "selected", "dt_weight"), half)
     signature |= dict.fromkeys(("dt_bias", "A_log", "D", "out"), half)
     signature |= dict.fromkeys(("channels", "x_b", "z_b", "selected_b", "P"), "i32")
     yield state_step_kernel, signature, {"N": 16, "BN": 16, "BP": 64, "BD": 16, "PDL": False}, 4
+    yield embed_kernel, {"ids": "*i64", "table": half, "out": wide, "K": "i32"}, {"BK": 1024}, 4
+    signature = {"x": half, "out": "*i64", "x_b": "i32", "V": "i32"}
+    yield argmax_kernel, signature, {"BV": 16384, "PDL": False}, 16

@@ -6,10 +6,28 @@ import torch
 import triton
 from torch import Tensor
 
-from mambakit.kernels.decode.triton_kernels import linear_step_kernel, state_step_kernel
+from mambakit.kernels.decode.triton_kernels import argmax_kernel, embed_kernel, linear_step_kernel, state_step_kernel
 from mambakit.kernels.scan.triton_common import device_guard
 
 MAX_COLUMNS = 8192  # inputs of a linear map, which a program holds whole
+
+
+def embed(ids: Tensor, table: Tensor, out: Tensor) -> None:
+    """out (B, K) = table (V, K) at ids (B,), in out's dtype; all contiguous.
+
+    It never starts early, so a step that begins with it comes after the whole of the step before.
+    """
+    columns = table.shape[1]
+    with device_guard(out):
+        embed_kernel[(len(ids),)](ids, table, out, columns, BK=triton.next_power_of_2(columns), num_warps=4)
+
+
+def argmax(x: Tensor, out: Tensor) -> None:
+    """out (B,) integers = the first index of the largest of each row of x (B, V)."""
+    rows, columns = x.shape
+    block = min(16384, triton.next_power_of_2(columns))
+    with device_guard(x):
+        argmax_kernel[(rows,)](x, out, x.stride(0), columns, BV=block, **_early(x), num_warps=16)
 
 
 def linear_step(
@@ -23,27 +41,27 @@ def linear_step(
     add: bool = False,
     conv: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> None:
-    """out (B, R) = norm(x) weightᵀ + bias for few rows, rounded to weight's dtype; all but x contiguous.
+    """out (B, R) = norm(x) weightᵀ + bias for few rows, rounded to weight's dtype; rows of x and out any way apart.
 
     Args:
-        x: (B, K), K at most ``MAX_COLUMNS``, rows any distance apart.
-        weight: (R, K).
+        x: (B, K), B small (each B is compiled for itself), K at most ``MAX_COLUMNS``.
+        weight: (R, K) contiguous.
         bias: (R,) or None.
         out: (B, R), written; with ``add``, added to.
         norm_weight: (K,) gain of the root-mean-square norm, or None for x as it is.
         eps: of the norm.
         conv: (state (B, D, W-1), weight (D, W), bias (D,) or None) of a causal convolution with SiLU that the first D
-            outputs pass; its state moves on.
+            outputs pass; its state moves on. All contiguous.
     """
     (batch, columns), rows = x.shape, weight.shape[0]
     conv_state, conv_weight, conv_bias = conv if conv is not None else (x, x, None)
     padded = triton.next_power_of_2(columns)
-    tile, warps = _tile(rows, padded)
+    tile, warps, programs = _tile(rows, padded, x.device)
     with device_guard(x):
-        linear_step_kernel[(triton.cdiv(rows, tile),)](
+        linear_step_kernel[(min(programs, triton.cdiv(rows, tile)),)](
             x, norm_weight, weight, bias, out, conv_state, conv_weight, conv_bias,
-            batch, x.stride(0), columns, rows, conv_state.shape[1], eps,
-            NORM=norm_weight is not None, ADD=add, W=0 if conv is None else conv_weight.shape[1],
+            x.stride(0), out.stride(0), columns, rows, conv_state.shape[1] if conv is not None else 0, eps,
+            BATCH=batch, NORM=norm_weight is not None, ADD=add, W=0 if conv is None else conv_weight.shape[1],
             BR=tile, BK=padded, **_early(x), num_warps=warps,
         )  # fmt: skip
 
@@ -73,19 +91,30 @@ def state_step(
     batch, channels, d_state = state.shape
     rank = dt_weight.shape[1]
     BN = triton.next_power_of_2(d_state)
-    tile = 16 if batch < 16 else 64  # few rows: more programs; many: a row's projection is read by fewer
+    tile, warps = (16, 4) if batch < 16 else (32, 1)  # few rows: more threads; many: more independent programs
     tile = max(1, min(tile, 2048 // BN))
     with device_guard(x):
         state_step_kernel[(triton.cdiv(channels, tile), batch)](
             state, x, z, selected, dt_weight, dt_bias, A_log, D, out,
             channels, x.stride(0), z.stride(0), selected.stride(0), rank,
-            N=d_state, BN=BN, BP=triton.next_power_of_2(rank), BD=tile, **_early(x), num_warps=4,
+            N=d_state, BN=BN, BP=triton.next_power_of_2(rank), BD=tile, **_early(x), num_warps=warps,
         )  # fmt: skip
 
 
-def _tile(rows: int, padded: int) -> tuple[int, int]:
-    """(rows, warps) of a program: enough programs for every multiprocessor first, then long runs of loads."""
-    return 4 if rows < 2048 or padded > 2048 else 8, 8 if padded > 4096 else 4
+def _tile(rows: int, padded: int, device: torch.device) -> tuple[int, int, int]:
+    """(rows of a tile, warps, programs at most) of a linear map, as they were fastest on an H200.
+
+    Tiles are small enough that three programs of two tiles each share a multiprocessor, so that while one adds up, the
+    others' weights arrive; more programs than fit at once would wait for the first to end and then start from nothing.
+    """
+    if rows > 16_384:  # a language model's head
+        tile, warps = 16_384 // padded, 4
+    elif rows < 512:  # too few rows to fill the device: one a program
+        tile, warps = 1, 4
+    else:
+        tile, warps = 8192 // padded, 8 if padded <= 2048 < rows else 4
+    units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return max(1, min(tile, 16)), warps, 3 * units
 
 
 def _early(x: Tensor) -> dict[str, bool]:

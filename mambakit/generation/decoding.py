@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mambakit.generation.graph import graphed_step
+from mambakit.generation.graph import decoder
 from mambakit.generation.sampling import SamplingOptions, sample
 
 
@@ -115,17 +115,21 @@ def _stream(
     was_training = model.training
     model.train(False)
     try:
-        logits, state = model.prefill(prompt_ids, mask=mask)
-        ids = sample(logits, **options._asdict(), generator=generator)
-        finished = torch.isin(ids, stops)
-        yield ids
-        with graphed_step(model, state, options, ids, max_new_tokens - 1) as graphed:
+        with decoder(model, prompt_ids, options, max_new_tokens) as graphs:
+            state: Any = None
+            if graphs is not None:
+                logits = graphs.read(model, prompt_ids, mask)  # type: ignore[arg-type]
+            else:
+                logits, state = model.prefill(prompt_ids, mask=mask)
+            ids = sample(logits, **options._asdict(), generator=generator)
+            finished = torch.isin(ids, stops)
+            yield ids
             for _ in range(max_new_tokens - 1):
                 # Only a caller with stop ids pays for looking, which on a GPU waits for the device.
                 if len(stops) and bool(finished.all()):
                     return
-                if graphed is not None:
-                    drawn = graphed(ids, generator)
+                if graphs is not None:
+                    drawn = graphs(ids, generator)
                 else:
                     logits, state = model.step(ids, state)
                     drawn = sample(logits, **options._asdict(), generator=generator)

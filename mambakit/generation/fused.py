@@ -114,7 +114,8 @@ class FusedStep:
 
         self.state = model.init_state(batch, device=self.head.device)
         self.ids = torch.zeros(batch, dtype=torch.int64, device=self.head.device)
-        self.logits = buffer(len(self.head))
+        # Rows begin at multiples of 16 numbers, which cuBLAS and 16-byte loads both need.
+        self.logits = buffer(-(-len(self.head) // 16) * 16)[:, : len(self.head)]
         self.residual = buffer(backbone.d_model, torch.float32)
         widest = self.layers[0]
         self.xz, self.selected = buffer(len(widest.in_proj)), buffer(len(widest.x_proj))
@@ -138,9 +139,9 @@ class FusedStep:
         torch._foreach_copy_(self.state.tensors(), state.tensors())
 
     def _few_rows(self) -> None:
-        from mambakit.kernels.decode.triton_launch import linear_step, state_step
+        from mambakit.kernels.decode.triton_launch import embed, linear_step, state_step
 
-        self.residual.copy_(F.embedding(self.ids, self.embedding))
+        embed(self.ids, self.embedding, self.residual)
         x, z = self.xz.chunk(2, dim=-1)
         for w, state in zip(self.layers, self.state.layers, strict=True):
             conv = (state.conv, w.conv, w.conv_bias)
@@ -163,8 +164,11 @@ class FusedStep:
             selected = F.linear(x, w.x_proj)
             state_step(state.ssm, x, z, selected, w.dt_proj, w.dt_bias, w.A_log, w.D, self.gated)
             hidden = F.linear(self.gated, w.out_proj, w.out_bias)
-        hidden = rms_norm(hidden, self.norm_f, residual=residual, eps=self.eps_f)
-        torch.mm(hidden.to(self.dtype), self.head.t(), out=self.logits)
+        hidden = rms_norm(hidden, self.norm_f, residual=residual, eps=self.eps_f).to(self.dtype)
+        # cuBLAS takes many times as long where the vocabulary is no multiple of 8, so the odd ones go by themselves.
+        even = len(self.head) // 8 * 8
+        for part in (slice(0, even), slice(even, None)):
+            torch.mm(hidden, self.head[part].t(), out=self.logits[:, part])
 
     def _layer(self, norm: RMSNorm, mixer: Mamba1) -> LayerWeights:
         return LayerWeights(

@@ -1,13 +1,15 @@
-"""A decoding step and the draw after it as one CUDA graph, captured once and replayed for every token.
+"""Reading a prompt and decoding by CUDA graphs, captured once and replayed for every chunk and every token.
 
 Launching some hundred kernels one by one costs the host more than the device needs to run them; a graph is one launch.
-It is captured for one batch size, computing dtype and set of sampling options, and kept with the model for the next
-call. :func:`release_graphs` frees what is kept; so does the end of the model.
+Graphs are captured for one batch size, computing dtype and set of sampling options, and kept with the model for the
+next call. :func:`release_graphs` frees what is kept; so does the end of the model.
+
+Letters: B batch, L prompt length, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -16,15 +18,18 @@ import torch
 from torch import Tensor
 
 from mambakit.generation.fused import FusedStep, obstacle
-from mambakit.generation.sampling import SamplingOptions, pick
+from mambakit.generation.sampling import SamplingOptions, scores
 from mambakit.models import LanguageModel
 
-KEPT = 2  # graphs kept a model: each holds the state of its batch and a pool of intermediate results
+KEPT = 2  # decoders kept a model: each holds the state of its batch and pools of intermediate results
 WORTH_CAPTURING = 4  # steps: the run that warms up and the capture cost the host about as much as two plain steps
+CHUNK = 128  # ids of each row that one replay reads
+MOST_CHUNKS = 8  # longer prompts keep the device busier than the host: they are read at once
+MOST_TOKENS = 2048  # of a chunk in all rows: so too where the batch is large
 
 
 class Key(NamedTuple):
-    """What a captured graph depends on; ``addresses`` are those of the parameters, which it reads in place."""
+    """What captured graphs depend on; ``addresses`` are those of the parameters, which they read in place."""
 
     batch: int
     dtype: torch.dtype
@@ -32,11 +37,53 @@ class Key(NamedTuple):
     addresses: tuple[int, ...]
 
 
-_kept: WeakKeyDictionary[Any, dict[Key, GraphedStep]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[Any, dict[Key, Decoder]] = WeakKeyDictionary()
 
 
-class GraphedStep:
-    """Ids (B,) to the ids drawn after them: a graph of the step, the filters and the draw.
+class PromptReader:
+    """A prompt's logits and state by reading CHUNK ids of each row at a time, the same work whatever its length.
+
+    Args:
+        state: of the model for B rows; cleared and moved on in place.
+        logits: (B, V) of the model's, written.
+        ids: (B,), for its device.
+    """
+
+    def __init__(self, state: Any, logits: Tensor, ids: Tensor) -> None:
+        self.state, self.logits = state, logits
+        self.ids = torch.zeros(len(ids), CHUNK, dtype=torch.int64, device=ids.device)
+        self.mask = torch.ones(len(ids), CHUNK, dtype=torch.bool, device=ids.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, model: LanguageModel, prompt_ids: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Logits (B, V) after each row's last real id; prompt_ids and mask as :func:`generate` takes them."""
+        if self.graph is None and self.ids.is_cuda:
+            # Matrices cast ahead of the capture would be read where they no longer are.
+            cast = torch.autocast("cuda", dtype=dtype, enabled=model.lm_head.weight.dtype != dtype, cache_enabled=False)
+            with cast:
+                self.graph = captured(lambda: self.read_chunk(model), self.ids.device)
+        torch._foreach_zero_(self.state.tensors())
+        for start in range(0, prompt_ids.shape[1], CHUNK):
+            part = prompt_ids[:, start : start + CHUNK]
+            length = part.shape[1]
+            self.ids[:, :length] = part
+            self.mask[:, :length] = True if mask is None else mask[:, start : start + CHUNK]
+            self.mask[:, length:] = False
+            if self.graph is None:
+                self.read_chunk(model)
+            else:
+                self.graph.replay()
+        return self.logits
+
+    def read_chunk(self, model: LanguageModel) -> None:
+        """Read ``ids`` where ``mask``, after ``state``; a row with nothing to read keeps its logits and its state."""
+        logits, state = model.prefill(self.ids, state=self.state, mask=self.mask)
+        torch._foreach_copy_(self.state.tensors(), state.tensors())
+        self.logits.copy_(torch.where(self.mask.any(dim=1, keepdim=True), logits, self.logits))
+
+
+class Decoder:
+    """Reads a prompt, then turns ids (B,) into the ids drawn after them by replaying step, filters and draw.
 
     The noise of the draw is made outside the graph, with whatever generator the call brings, so that the same
     generator draws the same ids as it does with plain steps.
@@ -47,24 +94,24 @@ class GraphedStep:
     """
 
     def __init__(self, step: FusedStep, options: SamplingOptions) -> None:
+        from mambakit.kernels.decode.triton_launch import argmax
+
         self.step = step
+        self.reader = PromptReader(step.state, step.logits, step.ids)
         self.noise = None if options.temperature == 0 else torch.ones_like(step.logits, dtype=torch.float32)
-        self.graph = torch.cuda.CUDAGraph()
         self._drawn: Tensor | None = None
-        device = step.ids.device
+        with torch.autocast("cuda", enabled=False):
+            self.graph = captured(lambda: argmax(scores(step(), self.noise, options), step.ids), step.ids.device)
 
-        def advance() -> None:
-            step.ids.copy_(pick(step(), self.noise, options))
-
-        with torch.cuda.device(device), torch.autocast("cuda", enabled=False):
-            stream = torch.cuda.Stream(device)
-            stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(stream):
-                advance()
-            torch.cuda.current_stream(device).wait_stream(stream)
-            # Other threads, a data loader's for instance, may go on allocating memory meanwhile.
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                advance()
+    def read(self, model: LanguageModel, prompt_ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Begin anew with a prompt (B, L): logits (B, V) after each row's last real id."""
+        self.step.refresh()
+        batch, length = prompt_ids.shape
+        if length <= MOST_CHUNKS * CHUNK and batch * CHUNK <= MOST_TOKENS:
+            return self.reader(model, prompt_ids, mask, self.step.dtype)
+        logits, state = model.prefill(prompt_ids, mask=mask)
+        self.step.load(state)
+        return logits
 
     def __call__(self, ids: Tensor, generator: torch.Generator | None) -> Tensor:
         if ids is not self._drawn:
@@ -77,43 +124,49 @@ class GraphedStep:
 
 
 @contextmanager
-def graphed_step(
-    model: Any, state: Any, options: SamplingOptions, ids: Tensor, steps: int
-) -> Iterator[GraphedStep | None]:
-    """A graph that continues from ``state``, or None where plain steps must serve.
+def decoder(model: Any, prompt_ids: Tensor, options: SamplingOptions, max_new_tokens: int) -> Iterator[Decoder | None]:
+    """Graphs for a generation, or None where the model's own ``prefill`` and ``step`` must serve.
 
-    A kept graph is lent to one generation at a time: another that runs between the steps of the first gets its own.
+    A kept decoder is lent to one generation at a time: another that runs between the steps of the first gets its own.
     One whose parameters have moved (to another device, dtype or tensor) is dropped; new values in the same tensors
     are read as they are.
 
-    Args:
-        model: as :func:`mambakit.generation.generate` takes it.
-        state: what ``model.prefill`` gave.
-        options: of the draw.
-        ids: (B,), drawn from the prompt; their device decides.
-        steps: how many steps may follow.
+    Args: as of :func:`mambakit.generation.generate`.
     """
-    if ids.device.type != "cuda" or steps < WORTH_CAPTURING or not isinstance(model, LanguageModel):
+    if prompt_ids.device.type != "cuda" or max_new_tokens <= WORTH_CAPTURING or not isinstance(model, LanguageModel):
         yield None
         return
     autocast = torch.is_autocast_enabled("cuda")
     dtype = torch.get_autocast_dtype("cuda") if autocast else model.lm_head.weight.dtype
-    if obstacle(model, ids.device, dtype) is not None:
+    if obstacle(model, prompt_ids.device, dtype) is not None:
         yield None
         return
-    key = Key(len(ids), dtype, options, tuple(parameter.data_ptr() for parameter in model.parameters()))
+    key = Key(len(prompt_ids), dtype, options, tuple(parameter.data_ptr() for parameter in model.parameters()))
     kept = _kept.setdefault(model, {})
     for old in [old for old in kept if old.addresses != key.addresses]:
         del kept[old]
-    graphed = kept.pop(key, None) or GraphedStep(FusedStep(model, len(ids), dtype), options)
-    graphed.step.refresh()
-    graphed.step.load(state)
+    lent = kept.pop(key, None) or Decoder(FusedStep(model, len(prompt_ids), dtype), options)
     try:
-        yield graphed
+        yield lent
     finally:
-        kept[key] = graphed
+        kept[key] = lent
         while len(kept) > KEPT:
             del kept[next(iter(kept))]
+
+
+def captured(run: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
+    """``run`` as a graph, after one run of it that compiles and chooses kernels."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        # Other threads, a data loader's for instance, may go on allocating memory meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            run()
+    return graph
 
 
 def release_graphs(model: Any) -> None:

@@ -116,24 +116,25 @@ def sample(
     options.check()
     _check_logits(logits)
     if temperature == 0:
-        return pick(logits, None, options)
+        return logits.argmax(dim=-1)
     noise = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator)
-    return pick(logits, noise, options)
+    return scores(logits, noise, options).argmax(dim=-1)
 
 
-def pick(logits: Tensor, noise: Tensor | None, options: SamplingOptions) -> Tensor:
-    """The ids (B,) int64 that ``noise`` draws: argmax of p_i / noise_i, an exponential race.
+def scores(logits: Tensor, noise: Tensor | None, options: SamplingOptions) -> Tensor:
+    """(B, V) of which the largest of each row is the draw: p_i / noise_i, an exponential race.
 
-    It has p's distribution, and never asks the device for an answer, as ``torch.multinomial`` does to check its input.
+    The winner has p's distribution, and the device is never asked for an answer, as ``torch.multinomial`` asks to
+    check its input.
 
     Args:
         logits: (B, V).
-        noise: (B, V) drawn from Exp(1); None at temperature 0, where the largest logit wins.
+        noise: (B, V) drawn from Exp(1); None at temperature 0, where the logits are the scores.
         options: of the draw.
     """
     if noise is None:
-        return logits.argmax(dim=-1)
-    return (filter_logits(logits, **options._asdict()).softmax(dim=-1) / noise).argmax(dim=-1)
+        return logits
+    return filter_logits(logits, **options._asdict()).softmax(dim=-1) / noise
 
 
 def _check_logits(logits: Tensor) -> None:
