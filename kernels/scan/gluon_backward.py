@@ -27,7 +27,6 @@ from mambakit.kernels.scan.gluon_common import (
     row_of,
     sigmoid,
     softplus,
-    stack,
     state_layout,
     tile_layout,
 )
@@ -38,22 +37,24 @@ from mambakit.kernels.scan.triton_common import device_guard, group_count, row_s
 
 
 @constexpr_function
-def sum_layout(T2, N, NW):
-    """Of [2 T, pairs of channels, N] partial products of dB and dC, to be added up over the middle axis."""
-    vector = min(2, N)
-    across = min(32, N // vector)
-    return gl.BlockedLayout([1, 1, vector], [1, 32 // across, across], [NW, 1, 1], [2, 1, 0])
-
-
-@constexpr_function
-def cube_shared():
-    return gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+def exchange_asm(MASK):
+    return f"""{{ .reg .pred p; .reg .f32 give, keep;
+        setp.ne.s32 p, $3, 0;
+        selp.f32 give, $1, $2, p;
+        selp.f32 keep, $2, $1, p;
+        shfl.sync.bfly.b32 give, give, {MASK}, 31, -1;
+        add.f32 $0, keep, give; }}"""
 
 
 @gluon.jit
-def over_channels(x, BD: gl.constexpr, N: gl.constexpr, CPT: gl.constexpr):
-    """[BD / CPT, N]: each thread's sum over its own channels."""
-    return gl.sum(x.reshape([BD // CPT, CPT, N]), axis=1)
+def exchange(x, y, bit, MASK: gl.constexpr):
+    """Lanes with bit MASK clear get x's sum over that bit of the lane number, the others y's: one shuffle for two sums.
+
+    bit: whether a lane has the bit, int32 of x's shape.
+    """
+    return gl.inline_asm_elementwise(
+        exchange_asm(MASK), "=f,f,f,r", [x, y, bit], dtype=gl.float32, is_pure=True, pack=1
+    )
 
 
 @gluon.jit
@@ -66,14 +67,88 @@ def last_first(tiles):
 
 
 @gluon.jit
-def stack_tiles(tiles, T: gl.constexpr, K: gl.constexpr, N: gl.constexpr):
-    """[T, K, N] of a tuple of T tensors [K, N]; T a power of two."""
-    for k in gl.static_range(T.bit_length() - 1):
+def stack_last(tiles):
+    """[..., 2, ..., 2] of a tuple of K tensors [...], K a power of two: to be reshaped to [..., K]."""
+    K: gl.constexpr = len(tiles)
+    for k in gl.static_range(K.bit_length() - 1):
         paired = ()
-        for i in gl.static_range(T >> (k + 1)):
-            paired += (gl.join(tiles[i], tiles[i + (T >> (k + 1))]),)
+        for i in gl.static_range(K >> (k + 1)):
+            paired += (gl.join(tiles[i], tiles[i + (K >> (k + 1))]),)
         tiles = paired
-    return tiles[0].reshape([K, N, T]).permute((2, 0, 1))
+    return tiles[0]
+
+
+@gluon.jit
+def place(like, AXIS: gl.constexpr):
+    """The index along an axis of every element of a two-dimensional tensor."""
+    line: gl.constexpr = gl.SliceLayout(1 - AXIS, like.type.layout)
+    index = gl.expand_dims(gl.arange(0, like.shape[AXIS], layout=line), 1 - AXIS)
+    return index + gl.full(like.shape, 0, gl.int32, layout=like.type.layout)
+
+
+@gluon.jit
+def over_states(tiles, T: gl.constexpr, BD: gl.constexpr, S: gl.constexpr):
+    """[T, BD]: T tiles [BD, S], the last step's first, with a channel in S neighbouring lanes, summed over these."""
+    tiles = last_first(tiles)
+    s = place(tiles[0], 1)
+    for k in gl.static_range(min(S, T).bit_length() - 1):
+        halved = ()
+        for i in gl.static_range(T >> (k + 1)):
+            halved += (exchange(tiles[2 * i], tiles[2 * i + 1], s & (1 << k), 1 << k),)
+        tiles = halved
+    # Lane s of a channel holds the sum of step i S + s.
+    if S > T:
+        tiles = (gl.sum(tiles[0].reshape([BD, S // T, T]), axis=1),)
+    return stack_last(tiles).reshape([BD, min(S, T), T // min(S, T)]).permute((2, 1, 0)).reshape([T, BD])
+
+
+@gluon.jit
+def states_apart(x, S: gl.constexpr, SPT: gl.constexpr):
+    """SPT tensors [G, S], state by state of a thread, of [G, S * SPT]."""
+    G: gl.constexpr = x.shape[0]
+    tiles = (x,)
+    for k in gl.static_range(SPT.bit_length() - 1):
+        halves = ()
+        for i in gl.static_range(1 << k):
+            a, b = tiles[i].reshape([G, S, 2, SPT >> (k + 1)]).permute((0, 1, 3, 2)).split()
+            halves += (a, b)
+        tiles = halves
+    flat = ()
+    for i in gl.static_range(SPT):
+        flat += (tiles[i].reshape([G, S]),)
+    return flat
+
+
+@gluon.jit
+def over_channels(x, y, BD: gl.constexpr, S: gl.constexpr, SPT: gl.constexpr, CPT: gl.constexpr, NW: gl.constexpr):
+    """[NW, 2 N]: sums of x [BD, N], then of y, over the channels of each warp."""
+    N: gl.constexpr = S * SPT
+    G: gl.constexpr = BD // CPT
+    tiles = states_apart(gl.sum(x.reshape([G, CPT, N]), axis=1), S, SPT)
+    tiles += states_apart(gl.sum(y.reshape([G, CPT, N]), axis=1), S, SPT)
+    g = place(tiles[0], 0)
+    for k in gl.static_range(3):
+        halved = ()
+        for i in gl.static_range(SPT >> k):
+            halved += (exchange(tiles[i], tiles[i + (SPT >> k)], g & (1 << k), S << k),)
+        tiles = halved
+    # Bit 0 of a lane's group of channels says x or y, bits 1 and 2 are the two highest of the state in its thread.
+    sums = gl.sum(stack_last(tiles).reshape([NW, 4 // S, 2, 2, 2, S, SPT // 4]), axis=1)
+    return sums.permute((0, 3, 4, 2, 1, 5)).reshape([NW, 2 * N])
+
+
+@constexpr_function
+def sum_layout(T, width, NW):
+    """Of [T, NW, width]: all of the middle axis in one thread."""
+    vector = max(1, T * width // (32 * NW))
+    across = min(32, width // vector)
+    return gl.BlockedLayout([1, NW, vector], [32 // across, 1, across], [NW, 1, 1], [2, 1, 0])
+
+
+@constexpr_function
+def cube_shared():
+    """Row-major shared memory of three axes."""
+    return gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
 
 
 @gluon.jit
@@ -84,7 +159,7 @@ def kept(keeps, t, layout: gl.constexpr):
 
 @gluon.jit
 def step_tile(delta_tile, u_tile, offset, valid, SOFTPLUS: gl.constexpr):
-    """(step sizes, step times input), both 0 where a step lies outside the sequence."""
+    """(step sizes, step times input), both 0 worigin a step lies outside the sequence."""
     dt = delta_tile.to(gl.float32) + gl.expand_dims(offset, 0)
     if SOFTPLUS:
         dt = softplus(dt)
@@ -100,14 +175,16 @@ def scan_backward_kernel(
     u_b, u_l, delta_b, delta_l, z_b, z_l, dout_b, dout_l, du_b, du_l, dz_b, dz_l, seq_b,
     B_b, B_l, B_g, C_b, C_l, C_g,
     N: gl.constexpr, T: gl.constexpr, CPT: gl.constexpr, SPT: gl.constexpr, NW: gl.constexpr, CHUNK: gl.constexpr,
-    SOFTPLUS: gl.constexpr, DIRECTION: gl.constexpr,
+    SOFTPLUS: gl.constexpr, DIRECTION: gl.constexpr, RELOAD: gl.constexpr,
 ):  # fmt: skip
     layout: gl.constexpr = state_layout(N, CPT, NW, SPT)
+    S: gl.constexpr = N // SPT
     BD: gl.constexpr = 32 * SPT // N * CPT * NW
+    LOADS_AT: gl.constexpr = T // 2
     PARTS: gl.constexpr = CHUNK // T
     rows: gl.constexpr = tile_layout(T, BD, NW)
     vectors: gl.constexpr = tile_layout(T, N, NW)
-    sums: gl.constexpr = sum_layout(2 * T, N, NW)
+    sums: gl.constexpr = sum_layout(T, 2 * N, NW)
     channel: gl.constexpr = gl.SliceLayout(1, layout)
     state: gl.constexpr = gl.SliceLayout(0, layout)
 
@@ -150,8 +227,7 @@ def scan_backward_kernel(
         seq_idx += b * seq_b + position
     B += b * B_b + (group // B_share).to(gl.int64) * B_g + position * B_l
     C += b * C_b + (group // C_share).to(gl.int64) * C_g + position * C_l
-    dBC += ((block.to(gl.int64) * batch + b) * length + position) * N
-    plane = blocks.to(gl.int64) * batch * length * N
+    dBC += ((block.to(gl.int64) * batch + b) * length + position) * (2 * N)
     checkpoints += (b * ((length + CHUNK - 1) // CHUNK) + start // CHUNK) * row_states
 
     A2 = gl.load(A + tile, mask=in_h, other=0.0) * LOG2E
@@ -183,7 +259,7 @@ def scan_backward_kernel(
     ys = gl.allocate_shared_memory(gl.float32, [T, BD], plain_shared())
     sBs = gl.allocate_shared_memory(gl.float32, [T, BD], plain_shared())
     throughs = gl.allocate_shared_memory(gl.float32, [T, BD], plain_shared())
-    shares = gl.allocate_shared_memory(gl.float32, [2 * T, BD // CPT, N], cube_shared())
+    shares = gl.allocate_shared_memory(gl.float32, [T, NW, 2 * N], cube_shared())
     if seq_idx is not None:
         keeps = gl.allocate_shared_memory(gl.float32, [PARTS, T, 1], plain_shared())
     i_rows = gl.arange(0, T, layout=gl.SliceLayout(1, rows))
@@ -195,11 +271,11 @@ def scan_backward_kernel(
         left = gl.where(q < 0, 0, count - q * T)
         valid = gl.expand_dims(i_rows < left, 1) & in_row
         inside = gl.expand_dims(i_vectors < left, 1)
-        here = direction * q.to(gl.int64) * T
-        u_tile = load_tile(u, here, direction, u_l, d, valid, T, rows)
-        delta_tile = load_tile(delta, here, direction, delta_l, d, valid, T, rows)
-        B_tile = load_tile(B, here, direction, B_l, n, inside, T, vectors)
-        C_tile = load_tile(C, here, direction, C_l, n, inside, T, vectors)
+        origin = direction * q.to(gl.int64) * T
+        u_tile = load_tile(u, origin, direction, u_l, d, valid, T, rows)
+        delta_tile = load_tile(delta, origin, direction, delta_l, d, valid, T, rows)
+        B_tile = load_tile(B, origin, direction, B_l, n, inside, T, vectors)
+        C_tile = load_tile(C, origin, direction, C_l, n, inside, T, vectors)
         dt, x = step_tile(delta_tile, u_tile, offset, valid, SOFTPLUS)
         slot = (q + PARTS) % PARTS
         deltas.index(slot).store(dt)
@@ -208,16 +284,16 @@ def scan_backward_kernel(
         Cs.index(slot).store(C_tile.to(gl.float32))
         if seq_idx is not None:
             step = gl.where(q < 0, count, q * T)
-            keeps.index(slot).store(load_keep(seq_idx, here, direction, direction, step, count, -start, T, rows))
+            keeps.index(slot).store(load_keep(seq_idx, origin, direction, direction, step, count, -start, T, rows))
 
-    here = direction * (parts - 1).to(gl.int64) * T
+    origin = direction * (parts - 1).to(gl.int64) * T
     valid = gl.expand_dims(i_rows < count - (parts - 1) * T, 1) & in_row
-    u_now = load_tile(u, here, direction, u_l, d, valid, T, rows)
-    g = load_tile(dout, here, direction, dout_l, d, valid, T, rows).to(gl.float32)
+    u_now = load_tile(u, origin, direction, u_l, d, valid, T, rows)
+    g = load_tile(dout, origin, direction, dout_l, d, valid, T, rows).to(gl.float32)
     gate_slope = g
     gate_value = gl.full([T, BD], 1.0, gl.float32, layout=rows)
     if z is not None:
-        gate = load_tile(z, here, direction, z_l, d, valid, T, rows).to(gl.float32)
+        gate = load_tile(z, origin, direction, z_l, d, valid, T, rows).to(gl.float32)
         opening = sigmoid(gate)
         gate_slope = g * (opening * (1.0 + gate * (1.0 - opening)))
         gate_value = gate * opening
@@ -227,6 +303,22 @@ def scan_backward_kernel(
     for chunk in range((count - 1) // CHUNK, -1, -1):
         h = gl.load(checkpoints + chunk.to(gl.int64) * row_states + tile, mask=in_h, other=0.0)
         parts = (gl.minimum(CHUNK, count - chunk * CHUNK) + T - 1) // T
+        origin = direction * chunk.to(gl.int64) * CHUNK
+        u_at = u + origin * u_l
+        delta_at = delta + origin * delta_l
+        B_at = B + origin * B_l
+        C_at = C + origin * C_l
+        dout_at = dout + origin * dout_l
+        du_at = du + origin * du_l
+        ddelta_at = ddelta + origin * channels
+        dBC_at = dBC + origin * (2 * N)
+        if z is not None:
+            z_at = z + origin * z_l
+            dz_at = dz + origin * dz_l
+        if out is not None:
+            out_at = out + origin * channels
+        if seq_idx is not None:
+            seq_at = seq_idx + origin
         for part in range(0, parts - 1):
             states.index(part).store(h)
             for t in gl.static_range(T):
@@ -241,24 +333,9 @@ def scan_backward_kernel(
 
         for part in range(parts - 1, -1, -1):
             q = chunk * PARTS + part
-            here = direction * q.to(gl.int64) * T
+            here = direction * part * T
             before = here - direction * T
             behind = here - direction * CHUNK
-            # Loads for the part before this one, and for the same part of the chunk before, fly during this one's work.
-            present = gl.expand_dims(i_rows < count - q * T, 1) & in_row
-            valid = gl.expand_dims((i_rows >= 0) & (q > 0), 1) & in_row
-            u_next = load_tile(u, before, direction, u_l, d, valid, T, rows)
-            g_next = load_tile(dout, before, direction, dout_l, d, valid, T, rows)
-            z_next = g_next
-            if z is not None:
-                z_next = load_tile(z, before, direction, z_l, d, valid, T, rows)
-            valid = gl.expand_dims((i_rows >= 0) & (chunk > 0), 1) & in_row
-            inside = gl.expand_dims((i_vectors >= 0) & (chunk > 0), 1)
-            u_behind = load_tile(u, behind, direction, u_l, d, valid, T, rows)
-            delta_behind = load_tile(delta, behind, direction, delta_l, d, valid, T, rows)
-            B_behind = load_tile(B, behind, direction, B_l, n, inside, T, vectors)
-            C_behind = load_tile(C, behind, direction, C_l, n, inside, T, vectors)
-
             h = states.index(part).load(layout)
             hs = ()
             decays = ()
@@ -272,22 +349,39 @@ def scan_backward_kernel(
                 if seq_idx is not None:
                     h = gl.where(kept(keeps.index(part), t, channel), h, 0.0)
                 h = a * h + entry
-            y_rows = ()
-            sB_rows = ()
-            through_rows = ()
-            dB_shares = ()
-            dC_shares = ()
+            ys_part = ()
+            sBs_part = ()
+            throughs_part = ()
+            share = ()
+            present = gl.expand_dims(i_rows < count - q * T, 1) & in_row
+            # The same part, which the compiler cannot know: what is read through it does not stay in registers.
+            again = part + (length >> 31)
             for t in gl.static_range(T - 1, -1, -1):
+                if t == LOADS_AT:
+                    # Loads for the part before this one, and for this part of the chunk before, fly during the work.
+                    valid = gl.expand_dims((i_rows >= 0) & (q > 0), 1) & in_row
+                    u_next = load_tile(u_at, before, direction, u_l, d, valid, T, rows)
+                    g_next = load_tile(dout_at, before, direction, dout_l, d, valid, T, rows)
+                    z_next = g_next
+                    if z is not None:
+                        z_next = load_tile(z_at, before, direction, z_l, d, valid, T, rows)
+                    valid = gl.expand_dims((i_rows >= 0) & (chunk > 0), 1) & in_row
+                    inside = gl.expand_dims((i_vectors >= 0) & (chunk > 0), 1)
+                    u_behind = load_tile(u_at, behind, direction, u_l, d, valid, T, rows)
+                    delta_behind = load_tile(delta_at, behind, direction, delta_l, d, valid, T, rows)
+                    B_behind = load_tile(B_at, behind, direction, B_l, n, inside, T, vectors)
+                    C_behind = load_tile(C_at, behind, direction, C_l, n, inside, T, vectors)
+
                 C_row = gl.expand_dims(row_of(Cs.index(part), t).load(state), 0)
                 g_row = gl.expand_dims(row_of(gs, t).load(channel), 1)
                 s = s + g_row * C_row
-                y_rows += (gl.sum(h * C_row, axis=1),)
-                dC_shares += (over_channels(h * g_row, BD, N, CPT),)
+                ys_part += (gl.sum((h * C_row).reshape([BD, S, SPT]), axis=2),)
+                dC_tile = h * g_row
                 h = hs[t]
-                B_row = gl.expand_dims(row_of(Bs.index(part), t).load(state), 0)
-                sB_rows += (gl.sum(s * B_row, axis=1),)
-                x_row = gl.expand_dims(row_of(inputs.index(part), t).load(channel), 1)
-                dB_shares += (over_channels(s * x_row, BD, N, CPT),)
+                B_row = gl.expand_dims(row_of(Bs.index(again if RELOAD & 1 else part), t).load(state), 0)
+                sBs_part += (gl.sum((s * B_row).reshape([BD, S, SPT]), axis=2),)
+                x_row = gl.expand_dims(row_of(inputs.index(again if RELOAD & 2 else part), t).load(channel), 1)
+                share += (over_channels(s * x_row, dC_tile, BD, S, SPT, CPT, NW),)
                 s = s * decays[t]
                 # s_t times the decayed state, what both delta and A multiply.
                 through = s * h
@@ -295,35 +389,37 @@ def scan_backward_kernel(
                     keep = kept(keeps.index(part), t, channel)
                     s = gl.where(keep, s, 0.0)
                     through = gl.where(keep, through, 0.0)
-                dA_tile += gl.expand_dims(row_of(deltas.index(part), t).load(channel), 1) * through
-                through_rows += (gl.sum(through * A2, axis=1),)
+                dA_tile += (
+                    gl.expand_dims(row_of(deltas.index(again if RELOAD & 4 else part), t).load(channel), 1) * through
+                )
+                throughs_part += (gl.sum((through * A2).reshape([BD, S, SPT]), axis=2),)
 
             dt = deltas.index(part).load(rows)
             g = gs.load(rows)
-            ys.store(stack(last_first(y_rows), T, BD))
-            sBs.store(stack(last_first(sB_rows), T, BD))
-            throughs.store(stack(last_first(through_rows), T, BD))
-            shares.store(stack_tiles(last_first(dC_shares + dB_shares), 2 * T, BD // CPT, N))
+            ys.store(over_states(ys_part, T, BD, S))
+            sBs.store(over_states(sBs_part, T, BD, S))
+            throughs.store(over_states(throughs_part, T, BD, S))
+            shares.store(stack_last(last_first(share)).reshape([NW, 2 * N, T]).permute((2, 0, 1)))
             sB = sBs.load(rows)
             x = u_now.to(gl.float32)
             y = ys.load(rows) + gl.expand_dims(skip, 0) * x
             if out is not None:
                 at = here * channels + gl.expand_dims(i_rows * (direction * channels), 1) + gl.expand_dims(d, 0)
-                gl.store(out + at, (y * gate_value).to(out.dtype.element_ty), mask=present)
+                gl.store(out_at + at, (y * gate_value).to(out.dtype.element_ty), mask=present)
             if z is not None:
                 dz_tile = gate_slope * y
                 at = here * dz_l + gl.expand_dims(i_rows * (direction * dz_l), 1) + gl.expand_dims(d, 0)
-                gl.store(dz + at, dz_tile.to(dz.dtype.element_ty), mask=present)
+                gl.store(dz_at + at, dz_tile.to(dz.dtype.element_ty), mask=present)
             du_tile = gl.expand_dims(skip, 0) * g + dt * sB
             at = here * du_l + gl.expand_dims(i_rows * (direction * du_l), 1) + gl.expand_dims(d, 0)
-            gl.store(du + at, du_tile.to(du.dtype.element_ty), mask=present)
+            gl.store(du_at + at, du_tile.to(du.dtype.element_ty), mask=present)
             slope = x * sB + throughs.load(rows) * LN2
             if SOFTPLUS:
                 # The derivative of softplus, 1 - exp(-dt), by its series where the difference cancels.
                 series = dt * (1.0 - dt * (0.5 - dt * (0.1666666667 - dt * 0.0416666667)))
                 slope *= gl.where(dt < 0.03, series, 1.0 - gl.exp2(-dt * LOG2E))
             at = here * channels + gl.expand_dims(i_rows * (direction * channels), 1) + gl.expand_dims(d, 0)
-            gl.store(ddelta + at, slope.to(ddelta.dtype.element_ty), mask=present)
+            gl.store(ddelta_at + at, slope.to(ddelta.dtype.element_ty), mask=present)
             if bias is not None:
                 dbias_tile += gl.where(present, slope, 0.0)
             if D is not None:
@@ -331,14 +427,11 @@ def scan_backward_kernel(
 
             # B's and C's gradients, summed over this program's channels.
             total = gl.sum(shares.load(sums), axis=1)
-            i_sums = gl.arange(0, 2 * T, layout=gl.SliceLayout(1, gl.SliceLayout(1, sums)))
-            n_sums = gl.arange(0, N, layout=gl.SliceLayout(0, gl.SliceLayout(1, sums)))
-            t_sums = i_sums % T
-            at = gl.where(i_sums < T, 0, plane) + (here + t_sums * direction) * N
-            gl.store(
-                dBC + gl.expand_dims(at, 1) + gl.expand_dims(n_sums, 0), total,
-                mask=gl.expand_dims(t_sums < count - q * T, 1),
-            )  # fmt: skip
+            i_sums = gl.arange(0, T, layout=gl.SliceLayout(1, gl.SliceLayout(1, sums)))
+            n_sums = gl.arange(0, 2 * N, layout=gl.SliceLayout(0, gl.SliceLayout(1, sums)))
+            at = (here + i_sums * direction) * (2 * N)
+            in_part = gl.expand_dims(i_sums < count - q * T, 1)
+            gl.store(dBC_at + gl.expand_dims(at, 1) + gl.expand_dims(n_sums, 0), total, mask=in_part)
 
             u_now = u_next
             g = g_next.to(gl.float32)
@@ -358,7 +451,7 @@ def scan_backward_kernel(
             Cs.index(part).store(C_behind.to(gl.float32))
             if seq_idx is not None:
                 step = gl.where(chunk == 0, count, q * T - CHUNK)
-                keep = load_keep(seq_idx, behind, direction, direction, step, count, -start, T, rows)
+                keep = load_keep(seq_at, behind, direction, direction, step, count, -start, T, rows)
                 keeps.index(part).store(keep)
 
     at = (b * segments + segment) * row_states + tile
@@ -372,18 +465,29 @@ def scan_backward_kernel(
 
 
 class Config(NamedTuple):
-    """Steps a tile, channels and states a thread, warps a program; see gluon_common.py."""
+    """Steps a tile, channels and states a thread, warps a program; see gluon_common.py.
+
+    reload: which rows the walk back reads anew instead of keeping them in registers: 1 B, 2 inputs, 4 step sizes, and
+    sums of these.
+    """
 
     steps: int = 8
     channels: int = 2
     states: int = 4
     warps: int = 8
     segments: int = 1
+    reload: int = 1
 
 
-def config_for(d_state: int) -> Config:
-    """Shared memory holds 128 channels at 16 states: fewer warps below, fewer channels a thread far above."""
-    return Config(channels=2 if d_state < 128 else 1, warps=min(8, max(2, d_state // 2)))
+# By state size. A thread's channels * states * steps fill its registers; four lanes at most share a channel.
+CONFIGS = {
+    4: Config(channels=1, warps=4),
+    8: Config(warps=4),
+    16: Config(),
+    32: Config(channels=1, states=8),
+    64: Config(steps=4, channels=1, states=16, warps=2),
+    128: Config(steps=2, channels=1, states=32, warps=1),
+}
 
 
 def scan_backward(
@@ -411,7 +515,7 @@ def scan_backward(
     """As :func:`mambakit.kernels.scan.triton_backward.scan_backward`; du, dz: (B, L, D) tensors to write into."""
     batch, length, channels = u.shape
     d_state = A.shape[1]
-    config = config or config_for(d_state)
+    config = config or CONFIGS[d_state]
     dout, u, delta, z, B, C = (unit_stride(tensor) for tensor in (dout, u, delta, z, B, C))
     A32, dfinal_state = dense_float(A), dense_float(dfinal_state)
     D, delta_bias, seq_idx = unit_stride(D), unit_stride(delta_bias), unit_stride(seq_idx)
@@ -433,7 +537,7 @@ def scan_backward(
         dz = torch.empty(u.shape, dtype=z.dtype, device=u.device)
     out = torch.empty(u.shape, dtype=u.dtype, device=u.device) if recompute_out else None
     dA = empty(batch * segments, channels, d_state)
-    dBC = empty(2, blocks, batch, length, d_state)
+    dBC = empty(blocks, batch, length, 2, d_state)
     dD, dbias = (None if t is None else empty(batch * segments, channels) for t in (D, delta_bias))
     dinitial = None if initial_state is None else empty(batch, channels, d_state)
     with device_guard(u):
@@ -451,9 +555,9 @@ def scan_backward(
             *row_strides(u), *row_strides(delta), *row_strides(z), *row_strides(dout), *row_strides(du),
             *row_strides(dz), row_strides(seq_idx)[0], *vector_strides(B), *vector_strides(C),
             N=d_state, T=config.steps, CPT=config.channels, SPT=config.states, NW=config.warps, CHUNK=CHUNK,
-            SOFTPLUS=delta_softplus, DIRECTION=direction, num_warps=config.warps,
+            SOFTPLUS=delta_softplus, DIRECTION=direction, RELOAD=config.reload, num_warps=config.warps,
         )  # fmt: skip
-    dB, dC = dBC[0], dBC[1]
+    dB, dC = dBC[:, :, :, 0], dBC[:, :, :, 1]
     gradients = (
         du,
         ddelta,

@@ -108,15 +108,15 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
-from mambakit.kernels.scan.gluon_backward import Config, config_for, scan_backward_kernel as kernel
+from mambakit.kernels.scan.gluon_backward import CONFIGS, scan_backward_kernel as kernel
 
 OPTIONAL = {"dfinal", "D", "z", "bias", "seq_idx", "products", "ends", "dz", "out", "dD", "dbias", "dinitial"}
 VECTORS = {"A", "D", "bias", "dfinal", "checkpoints", "products", "ends", "dA", "dBC", "dD", "dbias", "dinitial"}
 POINTERS = {"dout", "u", "delta", "B", "C", "du", "ddelta"} | OPTIONAL | VECTORS
 for d_state, full, direction in ((16, True, 2), (16, False, 0), (4, False, 1), (128, False, 0)):
-    config = config_for(d_state)
+    config = CONFIGS[d_state]
     constants = dict(N=d_state, T=config.steps, CPT=config.channels, SPT=config.states, NW=config.warps, CHUNK=64,
-                     SOFTPLUS=full, DIRECTION=direction)
+                     SOFTPLUS=full, DIRECTION=direction, RELOAD=config.reload)
     signature, values, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants or (name in OPTIONAL and not full):
