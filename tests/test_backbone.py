@@ -71,6 +71,26 @@ def test_gradient_checkpointing_changes_nothing():
         assert_close(name, other.grad, one.grad, 1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_checkpointing_carries_states(dtype):
+    """State in and out, packing, padding and half precision pass through a recomputed layer as through a kept one."""
+    torch.manual_seed(0)
+    plain = Backbone(8, 3).to(dtype)
+    saving = Backbone(8, 3, gradient_checkpointing=True).to(dtype)
+    saving.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 7, 8, dtype=dtype)
+    seq_idx = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0] * 7], dtype=torch.int32)
+    mask = torch.tensor([[True] * 7, [False, True, True, True, True, False, True]])
+    ends = []
+    for model in (plain, saving):
+        _, state = model(x, return_state=True)
+        y, end = model(x, state=state, seq_idx=seq_idx, mask=mask, return_state=True)
+        assert y.dtype == dtype
+        ends.append([y, *end.tensors()])
+    for one, other in zip(*ends, strict=True):
+        assert_close("output or state", other, one, 1e-6)
+
+
 def test_gradient_checkpointing_keeps_less():
     """What autograd holds between forward and backward shrinks to the stream before each layer, and the last."""
 
