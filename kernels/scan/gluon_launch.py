@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mambakit.kernels.launch import launch
 from mambakit.kernels.scan.gluon_forward import scan_forward_kernel, segment_states_kernel
 from mambakit.kernels.scan.reference import HALF
 from mambakit.kernels.scan.triton_common import (
@@ -119,7 +120,8 @@ def segment_states(
     d_state = A.shape[1]
     config = cut.config
     states = torch.empty((2, batch, cut.segments, channels, d_state), dtype=torch.float32, device=x.device)
-    segment_states_kernel[(batch * cut.blocks * cut.segments,)](
+    launch(
+        segment_states_kernel, (batch * cut.blocks * cut.segments,),
         x, delta, A, V, z, delta_bias, seq_idx, states[0], states[1],
         length, channels, channels // cut.groups, cut.blocks_per_group, cut.blocks, cut.groups, V_share,
         cut.segments, cut.segment_length,
@@ -155,7 +157,7 @@ def scan_forward(
     chunks = -(-length // CHUNK)
     checkpoints = torch.empty((batch, chunks, channels * d_state), dtype=torch.float32, device=u.device)
 
-    def launch(config: Config | None) -> None:
+    def run(config: Config | None) -> None:
         plan = cut(*shape, config)
         states = None
         if plan.segments > 1:
@@ -163,7 +165,8 @@ def scan_forward(
                 u, delta, A, B, None, delta_bias, seq_idx, delta_softplus, direction, plan, plan.B_share, False
             )
         config = plan.config
-        scan_forward_kernel[(batch * plan.blocks * plan.segments,)](
+        launch(
+            scan_forward_kernel, (batch * plan.blocks * plan.segments,),
             u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx,
             None if states is None else states[0], None if states is None else states[1], out, final, checkpoints,
             length, channels, channels // plan.groups, plan.blocks_per_group, plan.blocks, plan.groups,
@@ -180,7 +183,7 @@ def scan_forward(
         rule = cut(*shape).config
         others = [config for config in (LONG, SHORT, SEGMENTED) if config != rule]
         key = ("scan_forward", *shape, str(u.dtype), z is not None, direction)
-        launch(choose_config(key, [rule, *others], launch))
+        run(choose_config(key, [rule, *others], run))
     return out, final, checkpoints
 
 
