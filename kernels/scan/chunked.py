@@ -32,6 +32,9 @@ from mambakit.kernels.scan.reference import (
     state_dtype,
 )
 
+# The rows (rows, 1, 1) in which a sequence begins, by the time at which it does; times at which none does are absent.
+Resets = dict[int, Tensor]
+
 
 def checkpoint_shape(batch: int, length: int, channels: int, d_state: int) -> tuple[int, int, int]:
     """Shape of the states saved for the backward: (B, chunks, N D), the state (N, D) before each chunk.
@@ -212,9 +215,9 @@ class _Scan(Lanes):
         """a_t = exp(delta_t A)."""
         return self.A_log2.outer(step, out).exp2_()
 
-    def resets(self, chunk: Chunk) -> Tensor | None:
-        """(rows, times, 1, 1), whether the state from before an element is cleared; None where it never is."""
-        return None if self.begins is None else self.read(self.begins, chunk)
+    def resets(self, chunk: Chunk) -> Resets:
+        """Where in the chunk the state from before an element is cleared."""
+        return {} if self.begins is None else _resets(self.read(self.begins, chunk))
 
     def lane_decay(self) -> Tensor:
         """The product of a whole lane's decays, (B, lanes, N, D): the exponential of a sum, never a quotient."""
@@ -222,9 +225,9 @@ class _Scan(Lanes):
         out = self.A.values.new_empty(self.rows, 1, self.d_state, self.channels)
         return self.by_lane(self.decay(torch.stack(totals).sum(0), out).squeeze(1))
 
-    def lane_resets(self) -> Tensor | None:
-        """(B, lanes, 1, 1), whether the state that enters a lane is cleared inside it; None where none is."""
-        return None if self.begins is None else self.by_lane(self.begins.any(1))
+    def lane_resets(self) -> Resets:
+        """In which lanes the state that enters them is cleared."""
+        return {} if self.begins is None else _resets(self.by_lane(self.begins.any(1)))
 
     def readout(self, C: Constant | PerStep, h: Tensor, u: Tensor, scratch: Tensor) -> Tensor:
         """C h + D u, (rows, times, D). Complex states stand for conjugate pairs, whose sum is twice the real part."""
@@ -358,8 +361,8 @@ class _Scan(Lanes):
         arriving[chunk.rows] = _cleared(a[:, 0], resets, 0)
         a[:, 1:] *= h[:, :-1]
         a[:, 0] *= start
-        if resets is not None:
-            a.masked_fill_(resets, 0)
+        for t, rows in resets.items():
+            a[:, t].masked_fill_(rows, 0)
 
         yield "B", B.gradient(g, step * u, scratch=h)
         ddrive = B.conj().contract(g, scratch=h).real
@@ -378,19 +381,26 @@ class _Scan(Lanes):
         yield "delta_bias", draw.sum((0, 1))
 
 
-def _cleared(state: Tensor, resets: Tensor | None, t: int) -> Tensor:
+def _resets(begins: Tensor) -> Resets:
+    """Of (rows, times, 1, 1), the times at which a sequence begins in some row; on a GPU all, not to wait for it."""
+    times = range(begins.shape[1])
+    some = begins.any(0).flatten().tolist() if begins.device.type == "cpu" else [True for _ in times]
+    return {t: begins[:, t] for t in times if some[t]}
+
+
+def _cleared(state: Tensor, resets: Resets, t: int) -> Tensor:
     """The state on one side of element t as the other side sees it: 0, even for NaN, where a sequence begins at t."""
-    return state if resets is None else torch.where(resets[:, t], 0, state)
+    return torch.where(resets[t], 0, state) if t in resets else state
 
 
-def _recur(state: Tensor, a: Tensor, h: Tensor, resets: Tensor | None) -> Tensor:
+def _recur(state: Tensor, a: Tensor, h: Tensor, resets: Resets) -> Tensor:
     """h_t <- a_t h_{t-1} + h_t from ``state``, in place on the tile h; returns the last state."""
     for t, (a_t, h_t) in enumerate(zip(a.unbind(1), h.unbind(1), strict=True)):
         state = torch.addcmul(h_t, a_t, _cleared(state, resets, t), out=h_t)
     return state
 
 
-def _recur_back(arriving: Tensor, a: Tensor, g: Tensor, resets: Tensor | None) -> None:
+def _recur_back(arriving: Tensor, a: Tensor, g: Tensor, resets: Resets) -> None:
     """g_t <- g_t + a_{t+1} g_{t+1}, in place on the tile g, where ``arriving`` is the last a_{t+1} g_{t+1}."""
     a_steps, g_steps = a.unbind(1), g.unbind(1)
     g_steps[-1].add_(arriving)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from mambakit.kernels import use_backend
 from mambakit.kernels.dispatch import TRITON_INSTALLED
+from mambakit.kernels.scan import chunked, selective_scan
 from mambakit.kernels.scan import lanes as lanes_module
-from mambakit.kernels.scan import selective_scan
 from mambakit.kernels.scan.op import _is_usual, _not_in_triton, _scan, _scan_backward
-from mambakit.kernels.scan.reference import FORWARD, HALF
+from mambakit.kernels.scan.reference import FORWARD, HALF, direction_of
 from mambakit.kernels.testing import assert_close, poisoned_memory, random_tensor
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
@@ -399,6 +399,19 @@ def test_strided_and_expanded_inputs_and_no_mutation() -> None:
     out, final_state = selective_scan(**given | expanded, backend="reference")
     for got, wanted in zip(gradients, torch.autograd.grad(out.sum() + final_state.sum(), leaves), strict=True):
         assert_close("gradient", got, wanted)
+
+
+@pytest.mark.parametrize("reverse", [False, "half"])
+def test_the_backward_hands_out_its_own_output_again(reverse: bool | str) -> None:
+    """For blocks that keep less than the output; everything else is as without."""
+    given = arguments(packed=True, reverse=reverse)
+    tensors = [given[name] for name in (*DIFFERENTIABLE, "seq_idx")]
+    out, _, checkpoints = chunked.scan_forward(*tensors, True, direction_of(reverse))
+    rest = (torch.ones_like(out), None, *tensors, checkpoints, True, direction_of(reverse))
+    *gradients, again = chunked.scan_backward(*rest, recompute_out=True)
+    assert torch.equal(again, out)
+    for got, want in zip(gradients, chunked.scan_backward(*rest), strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("which", [0, 1])
