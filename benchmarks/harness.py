@@ -13,7 +13,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -240,10 +240,3 @@ def git_commit() -> str:
 def normal(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True) -> Tensor:
     """Standard normal numbers on the GPU, from the seed that ``run.py`` sets afresh."""
     return torch.randn(*shape, device=DEVICE, dtype=dtype).requires_grad_(grad)
-
-
-def each_alone(works: Iterator[Callable[[], Work]]) -> Iterator[Work]:
-    """Build one piece of work at a time, after the memory of the last one is free."""
-    for build in works:
-        torch.cuda.empty_cache()
-        yield build()

@@ -57,7 +57,7 @@ def build(name: str, device: str, ceilings: Ceilings) -> Work:
     )
 
 
-def works(only: Sequence[str], device: str, ceilings: Ceilings) -> Iterator[Callable[[], Work]]:
+def works(only: Sequence[str], device: str, ceilings: Ceilings) -> Iterator[tuple[str, Callable[[], Work]]]:
     for name in SHAPES:
         if not only or name in only:
-            yield partial(build, name, device, ceilings)
+            yield name, partial(build, name, device, ceilings)

@@ -21,8 +21,10 @@ import argparse
 import json
 import secrets
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import chart
 import conv
@@ -32,21 +34,45 @@ import scan
 import torch
 import updates
 import whole
-from harness import BOTH, FORWARD, SHORT, Ceilings, describe_machine, each_alone, measure, measure_ceilings
+from harness import BOTH, FORWARD, SHORT, Ceilings, describe_machine, measure, measure_ceilings
 
 OPERATORS = {"scan": scan, "conv": conv, "norm": norm, "loss": loss, "updates": updates}
 PARTS = (*OPERATORS, "accuracy", "sweep", "train", "generate", "million")
 RARE = ("million",)
+COLUMNS = (
+    "ms: forward (graph), of floor; both (graph), of floor; MiB; relative RMS error out, worst gradient; first call"
+)
+HEADINGS = {part: f"{part}; {COLUMNS}" for part in OPERATORS} | {
+    "accuracy": "accuracy: relative RMS error against float64",
+    "sweep": f"sweep: {scan.SWEEP_TOKENS} tokens in all, one sequence where it is longer; forward / both, ms",
+    "train": "train",
+    "generate": "generate",
+    "million": "million",
+}
 
 
-def run_operators(parts: list[str], shapes: list[str], device: str, ceilings: Ceilings, record: dict[str, Any]) -> None:
-    print(f"{'':>46}   forward (graph)   of floor    both (graph)   of floor     MiB   error: out, grad; first call")
-    for part in parts:
-        for work in each_alone(OPERATORS[part].works(shapes, device, ceilings)):
-            row = measure(work)
-            record["operators"].append(row)
-            print(operator_lines(row), flush=True)
-            del work
+class Job(NamedTuple):
+    """One row of the record: under which key it goes, what it is called, how it is measured, how it is printed."""
+
+    key: str
+    name: str
+    run: Callable[[], dict[str, Any]]
+    line: Callable[[dict[str, Any]], str]
+
+
+def jobs(part: str, shapes: list[str], device: str, ceilings: Ceilings) -> Iterator[Job]:
+    if part in OPERATORS:
+        for name, build in OPERATORS[part].works(shapes, device, ceilings):
+            yield Job("operators", f"{part}, {name}", lambda build=build: measure(build()), operator_lines)
+    elif part == "accuracy":
+        for shape in scan.accuracy_shapes():
+            yield Job("accuracy", f"{shape.name}, {shape.dtype}", partial(scan.accuracy, shape), accuracy_line)
+    elif part == "sweep":
+        for length in scan.SWEEP_LENGTHS:
+            yield Job("sweep", f"L {length}", partial(scan.sweep, length), sweep_line)
+    else:
+        for name, run in whole.PARTS[part].items():
+            yield Job("models", name, run, partial(whole.line, device=device))
 
 
 def operator_lines(row: dict[str, Any]) -> str:
@@ -62,11 +88,9 @@ def operator_lines(row: dict[str, Any]) -> str:
         graph = f"({ours[f'{name}, graph']:.3f})" if f"{name}, graph" in ours else ""
         cells.append(f"{ours[name]:8.3f} {graph:>8} {floor[name] / ours[name]:8.0%} ")
     worst = f"{max(results):.1e}" + (f", {max(gradients):.1e}" if gradients else "")
-    title = (
-        f"{row['operator']} {row['shape']}, {row['dtype']}"
-        if "," not in row["shape"]
-        else (f"{row['operator']} {row['shape']}")
-    )
+    title = f"{row['operator']} {row['shape']}"
+    if row["dtype"] not in title:
+        title += f", {row['dtype']}"
     lines = [f"{title:>46} {'   '.join(cells)} {ours['MiB']:8.0f}   {worst}; {row['first_call']:.1f} s"]
     for name, peer in (*row["recorded"].items(), *row["peers"].items()):
         cells = []
@@ -77,36 +101,23 @@ def operator_lines(row: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def run_accuracy(record: dict[str, Any]) -> None:
-    print("relative RMS error against float64, each below its bound")
-    for row in scan.accuracy():
-        record["accuracy"].append(row)
-        errors = row["errors"]
-        worst = max((name for name in errors if name != "out"), key=errors.__getitem__)
-        title = f"{row['operator']} {row['shape']}, {row['dtype']}"
-        print(f"{title:>46}   out {errors['out']:.1e}   worst gradient {errors[worst]:.1e} ({worst[5:]})", flush=True)
+def accuracy_line(row: dict[str, Any]) -> str:
+    errors = row["errors"]
+    worst = max((name for name in errors if name != "out"), key=errors.__getitem__)
+    title = f"{row['operator']} {row['shape']}, {row['dtype']}"
+    return f"{title:>46}   out {errors['out']:.1e}   worst gradient {errors[worst]:.1e} ({worst[5:]})"
 
 
-def run_sweep(record: dict[str, Any]) -> None:
-    print(f"time against length, {scan.SWEEP_TOKENS} tokens in all (one sequence beyond), forward / both, ms")
-    for row in scan.sweep():
-        record["sweep"].append(row)
-        figures = [f"{name} {row[name][FORWARD]:.3f} / {row[name][BOTH]:.3f}" for name in list(row)[2:]]
-        print(f"{'L ' + str(row['length']):>12}   {'   '.join(figures)}", flush=True)
-
-
-def run_whole(part: str, device: str, record: dict[str, Any]) -> None:
-    for row in whole.PARTS[part]():
-        record["models"].append(row)
-        print(whole.line(row, device), flush=True)
-        torch.cuda.empty_cache()
+def sweep_line(row: dict[str, Any]) -> str:
+    figures = [f"{name} {row[name][FORWARD]:.3f} / {row[name][BOTH]:.3f}" for name in list(row)[2:]]
+    return f"{'L ' + str(row['length']):>12}   {'   '.join(figures)}"
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--shapes", nargs="+", default=[], metavar="SHAPE", help="of the operators: lm, vim_tiny, ...")
-    parser.add_argument("--json", type=Path, help="write every figure here, after each part")
+    parser.add_argument("--json", type=Path, help="write every figure here, as it comes")
     parser.add_argument("--chart", type=Path, help="draw the sweep here (needs matplotlib)")
     parser.add_argument("--seed", type=int, default=secrets.randbits(32), help="of the inputs; fresh by default")
     parser.add_argument("--commit", help="named in the JSON where this is no git checkout")
@@ -123,37 +134,45 @@ def shape_names(module: Any) -> list[str]:
     return list(module.SHAPES) if isinstance(module.SHAPES, dict) else [shape.name for shape in module.SHAPES]
 
 
+def save(record: dict[str, Any], target: Path | None) -> None:
+    if target:
+        target.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main() -> None:
     options = parse()
     torch.manual_seed(options.seed)
     parts = options.only or [part for part in PARTS if part not in RARE]
     ceilings = measure_ceilings()
     record: dict[str, Any] = describe_machine(options.seed, options.commit)
-    record |= {"ceilings": vars(ceilings), "operators": [], "accuracy": [], "sweep": [], "models": []}
+    record |= {"ceilings": vars(ceilings), "operators": [], "accuracy": [], "sweep": [], "models": [], "failures": []}
     device = record["device"]
     print(f"{device}, {record['versions']}, seed {options.seed}, commit {record['commit']}")
     print(
         f"copies {ceilings.bytes / 1e12:.2f} TB/s, bfloat16 products {ceilings.flops / 1e12:.0f} TFLOP/s, "
         f"{ceilings.exponentials / 1e12:.2f}e12 exponentials/s; medians in ms, replayed graphs too under {SHORT}"
     )
-    operators = [part for part in parts if part in OPERATORS]
-    stages: list[tuple[str, Any]] = [
-        ("operators", lambda: run_operators(operators, options.shapes, device, ceilings, record))
-    ]
-    stages += [("accuracy", lambda: run_accuracy(record)), ("sweep", lambda: run_sweep(record))]
-    stages += [(part, lambda part=part: run_whole(part, device, record)) for part in whole.PARTS]
-    for name, stage in stages:
-        if name not in parts and not (name == "operators" and operators):
-            continue
+    for part in parts:
+        print(f"-- {HEADINGS[part]}")
         start = time.monotonic()
-        stage()
-        print(f"-- {name}: {time.monotonic() - start:.0f} s", flush=True)
-        torch.cuda.empty_cache()
-        if options.json:
-            options.json.write_text(json.dumps(record, indent=1) + "\n")
+        for job in jobs(part, options.shapes, device, ceilings):
+            torch.cuda.empty_cache()
+            try:
+                row = job.run()
+            except (AssertionError, RuntimeError) as error:
+                record["failures"].append(f"{job.name}: {error}")
+                print(f"FAILED {record['failures'][-1]}", flush=True)
+                continue
+            record[job.key].append(row)
+            print(job.line(row), flush=True)
+            save(record, options.json)
+        print(f"   {part} took {time.monotonic() - start:.0f} s", flush=True)
+    save(record, options.json)
     if options.chart and record["sweep"]:
         chart.draw(record, options.chart)
         print(f"drawn to {options.chart}")
+    if record["failures"]:
+        raise SystemExit(f"{len(record['failures'])} failed")
 
 
 if __name__ == "__main__":

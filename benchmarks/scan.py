@@ -136,24 +136,22 @@ def build(shape: Shape, device: str, ceilings: Ceilings) -> Work:
     )
 
 
-def works(only: Sequence[str], device: str, ceilings: Ceilings) -> Iterator[Callable[[], Work]]:
+def works(only: Sequence[str], device: str, ceilings: Ceilings) -> Iterator[tuple[str, Callable[[], Work]]]:
     for shape in SHAPES:
         if not only or shape.name in only:
-            yield partial(build, shape, device, ceilings)
+            yield shape.name, partial(build, shape, device, ceilings)
 
 
-def accuracy() -> Iterator[dict[str, Any]]:
-    """Errors against float64 for every dtype and length, and beyond 2^31 elements."""
+def accuracy_shapes() -> Iterator[Shape]:
+    """Every dtype and length, and beyond 2^31 elements."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for length in ACCURACY_LENGTHS:
-            shape = Shape(f"L {length}", dtype, 2, length, 72)
-            yield _accuracy(shape)
-    for shape in LARGE:
-        torch.cuda.empty_cache()
-        yield _accuracy(shape)
+            yield Shape(f"L {length}", dtype, 2, length, 72)
+    yield from LARGE
 
 
-def _accuracy(shape: Shape) -> dict[str, Any]:
+def accuracy(shape: Shape) -> dict[str, Any]:
+    """Errors against float64, each within its bound."""
     return {
         "operator": "selective_scan",
         "shape": shape.name,
@@ -162,33 +160,27 @@ def _accuracy(shape: Shape) -> dict[str, Any]:
     }
 
 
-def sweep() -> Iterator[dict[str, Any]]:
-    """Milliseconds of the scan, of attention and of our PyTorch path for each length.
+def sweep(length: int) -> dict[str, Any]:
+    """Milliseconds of the scan, of attention and of our PyTorch path at one length.
 
     There are ``SWEEP_TOKENS`` tokens in all, at greater lengths one sequence. Attention is timed up to 65,536, the
     PyTorch path, which launches some kernels a step and takes seconds, by one call at two lengths.
     """
-    for length in SWEEP_LENGTHS:
-        torch.cuda.empty_cache()
-        batch = max(1, SWEEP_TOKENS // length)
-        given = inputs(Shape("sweep", BF16, batch, length, SWEEP_CHANNELS))
-        leaves = [given[name] for name in TENSORS]
-        dout = torch.randn_like(given["u"])
-        scan = Contender(lambda given=given: selective_scan(**given), leaves, dout)
-        row: dict[str, Any] = {"length": length, "batch": batch, "selective_scan": _both(scan)}
-        if length in PLAIN_LENGTHS:
-            plain = Contender(lambda given=given: selective_scan(**given, backend="torch"), leaves, dout)
-            row["vectorised PyTorch"] = {FORWARD: one_call(plain.forward), BOTH: one_call(plain.both)}
-        if length <= 65536:
-            q, k, v = (normal(batch, 16, length, 64, dtype=BF16) for _ in range(3))
-            attention = Contender(
-                lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-                [q, k, v],
-                torch.randn_like(q),
-            )
-            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
-                row["SDPA (flash)"] = _both(attention)
-        yield row
+    batch = max(1, SWEEP_TOKENS // length)
+    given = inputs(Shape("sweep", BF16, batch, length, SWEEP_CHANNELS))
+    leaves = [given[name] for name in TENSORS]
+    dout = torch.randn_like(given["u"])
+    scan = Contender(lambda: selective_scan(**given), leaves, dout)
+    row: dict[str, Any] = {"length": length, "batch": batch, "selective_scan": _both(scan)}
+    if length in PLAIN_LENGTHS:
+        plain = Contender(lambda: selective_scan(**given, backend="torch"), leaves, dout)
+        row["vectorised PyTorch"] = {FORWARD: one_call(plain.forward), BOTH: one_call(plain.both)}
+    if length <= 65536:
+        q, k, v = (normal(batch, 16, length, 64, dtype=BF16) for _ in range(3))
+        attend = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+            row["SDPA (flash)"] = _both(Contender(attend, [q, k, v], torch.randn_like(q)))
+    return row
 
 
 def _both(contender: Contender) -> dict[str, float]:

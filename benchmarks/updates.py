@@ -79,8 +79,8 @@ def build(operator: str, name: str, device: str, ceilings: Ceilings) -> Work:
     )
 
 
-def works(only: Sequence[str], device: str, ceilings: Ceilings) -> Iterator[Callable[[], Work]]:
+def works(only: Sequence[str], device: str, ceilings: Ceilings) -> Iterator[tuple[str, Callable[[], Work]]]:
     for operator in OPERATORS:
         for name in SHAPES:
             if not only or name in only:
-                yield partial(build, operator, name, device, ceilings)
+                yield f"{operator} {name}", partial(build, operator, name, device, ceilings)

@@ -239,7 +239,16 @@ def test_the_whole_command_through_triton_on_toy_shapes(bench, monkeypatch, tmp_
     figures, picture = tmp_path / "figures.json", tmp_path / "chart.png"
     arguments = ["--shapes", "toy", "--json", str(figures), "--chart", str(picture), "--commit", "abc", "--seed", "0"]
     monkeypatch.setattr(sys, "argv", ["run.py", "--only", *parts, *arguments])
-    bench.run.main()
+    right = bench.harness.agree
+
+    def one_fails(name, *rest):
+        if "L 3" in name:
+            raise AssertionError("this one is wrong")
+        return right(name, *rest)
+
+    monkeypatch.setattr(bench.harness, "agree", one_fails)
+    with pytest.raises(SystemExit, match="3 failed"):
+        bench.run.main()
 
     record = json.loads(figures.read_text())
     assert record["commit"] == "abc" and record["versions"]["torch"]
@@ -249,7 +258,8 @@ def test_the_whole_command_through_triton_on_toy_shapes(bench, monkeypatch, tmp_
     assert found == [(operator, "toy") for operator in operators]
     assert record["operators"][0]["peers"]["mambapy"]["forward + backward"] == 0.5
     assert record["operators"][1]["recorded"]["causal-conv1d 1.7 (recorded), channels-last"]["forward"] == 3.0
-    assert [row["shape"] for row in record["accuracy"]] == ["L 1", "L 3"] * 3 + ["large"]
+    assert [row["shape"] for row in record["accuracy"]] == ["L 1"] * 3 + ["large"]
+    assert [failure.split(": ")[1] for failure in record["failures"]] == ["this one is wrong"] * 3
     assert [row["batch"] for row in record["sweep"]] == [4, 1]
     assert ["vectorised PyTorch" in row for row in record["sweep"]] == [True, False]
     assert picture.exists()
@@ -259,7 +269,7 @@ def test_the_whole_command_through_triton_on_toy_shapes(bench, monkeypatch, tmp_
         in lines[3]
     )
     assert all(line.count("|") == lines[0].count("|") for line in lines)
-    assert len(bench.table.accuracy(record)) == 2 + 7
+    assert len(bench.table.accuracy(record)) == 2 + 4
     assert "selective_scan toy, bfloat16" in capsys.readouterr().out
 
 
@@ -271,7 +281,7 @@ def test_whole_models_are_told_beside_their_peer_on_an_h200(bench, monkeypatch):
         "measure",
         lambda name: {"tokens_per_second": 1740.0, "peak_bytes": 5e8, "peer_tokens_per_second": 1160},
     )
-    (train,), generated = bench.whole.PARTS["train"](), list(bench.whole.PARTS["generate"]())
+    train, *generated = (run() for part in ("train", "generate") for run in bench.whole.PARTS[part].values())
     told = bench.whole.line(train, "NVIDIA H200")
     assert "train 130m, B 16, L 2048   260,000 tokens/s, peak 11.00 GB" in told
     assert "(recorded) 173,000 tokens/s: 1.50x, 33.0 GB" in told
@@ -282,7 +292,7 @@ def test_whole_models_are_told_beside_their_peer_on_an_h200(bench, monkeypatch):
     assert bench.table.models({"models": [train]})[2].startswith(
         "| train 130m, B 16, L 2048 | 260,000 | 173,000 | 1.50 |"
     )
-    (million,) = bench.whole.PARTS["million"]()
+    million = bench.whole.PARTS["million"]["130m"]()
     assert "recorded" not in bench.whole.line(million, "NVIDIA H200")
 
 
