@@ -81,11 +81,11 @@ class _Block:
     def neighbour(self, tensor: Tensor, k: int) -> Tensor:
         return tensor[:, k : k + self.length]
 
-    def same_sequence(self, k: int) -> Tensor | None:
-        """(B, L), whether neighbour k lies in the sequence of the present input; None where all do."""
+    def foreign(self, k: int) -> Tensor | None:
+        """(B, L, 1), whether neighbour k lies in another sequence than the present input; None where none does."""
         if self.sequence is None or k == self.whole.now:
             return None
-        return self.neighbour(self.sequence, k) == self.neighbour(self.sequence, self.whole.now)
+        return (self.neighbour(self.sequence, k) != self.neighbour(self.sequence, self.whole.now)).unsqueeze(-1)
 
     def convolve(self, bias: Tensor | None) -> Tensor:
         """The value before the activation."""
@@ -152,8 +152,8 @@ def backward(
             dpre = torch.ops.aten.silu_backward(dpre, block.convolve(bias))
         dpadded = torch.zeros_like(block.padded)
         for k in range(whole.width):
-            same = block.same_sequence(k)
-            into = dpre if same is None else dpre * same.to(dpre.dtype).unsqueeze(-1)
+            foreign = block.foreign(k)
+            into = dpre if foreign is None else dpre.masked_fill(foreign, 0)  # a product would let a NaN through
             block.neighbour(dpadded, k).addcmul_(into, whole.taps[k])
             dtaps[k] += (block.neighbour(block.padded, k) * into).sum(dim=(0, 1))
         if bias is not None:

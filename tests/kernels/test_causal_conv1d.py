@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambakit.kernels.conv import causal_conv1d, causal_conv1d_update
-from mambakit.kernels.dispatch import use_backend
+from mambakit.kernels.dispatch import TRITON_INSTALLED, use_backend
 from mambakit.kernels.testing import TOLERANCE, assert_close, poisoned_memory, random_tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,6 +93,70 @@ def test_half_precision_input_with_float32_weights(backend: str, dtype: torch.dt
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_long_time_is_cut_into_groups(backend: str) -> None:
     compare(inputs(150, channels=3, batch=1), backend, activation="silu")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("channels", [5, 70])
+def test_tiles_that_hold_the_ends_of_several_rows(backend: str, channels: int) -> None:
+    """A tile's chunks come from several rows of the batch, the last has some to spare, and sequences cross chunks."""
+    compare(inputs(41, channels, batch=3), backend, activation="silu", seq_idx=sequences(3, 41), reverse=True)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_sequence_that_holds_nan_spoils_no_other_gradient(backend: str, reverse: bool) -> None:
+    length, bad = 40, slice(15, 18)
+    x, weight = random_tensor(1, length, 3, seed=1, device=DEVICE), random_tensor(3, 4, seed=2, device=DEVICE)
+    seq_idx = torch.zeros(1, length, dtype=torch.int32, device=DEVICE)
+    seq_idx[:, bad] = 1
+    x[:, bad] = 0
+    dy = random_tensor(1, length, 3, seed=3, device=DEVICE)
+
+    def gradient(given: Tensor) -> Tensor:
+        given = given.clone().requires_grad_()
+        y = causal_conv1d(given, weight, None, "silu", seq_idx=seq_idx, reverse=reverse, backend=backend)
+        return torch.autograd.grad(y, given, dy)[0]
+
+    want = gradient(x)
+    x[:, bad] = float("nan")
+    got = gradient(x)
+    assert got[:, bad].isnan().any()
+    for part in (slice(0, bad.start), slice(bad.stop, length)):
+        assert_close("dx", got[:, part], want[:, part])
+
+
+@pytest.mark.skipif(not TRITON_INSTALLED, reason="triton is not installed")
+@pytest.mark.parametrize("batch", [1, 8, 128])
+@pytest.mark.parametrize("length", [1, 2, 31, 197, 2048, 65536])
+@pytest.mark.parametrize("channels", [1, 77, 384, 2048])
+@pytest.mark.parametrize(("vector", "ahead"), [(8, 0), (4, 3)])
+def test_tiling_by_triton(batch: int, length: int, channels: int, vector: int, ahead: int) -> None:
+    """Every step lies in one chunk, every chunk in one tile, and what a walk repeats or leaves idle stays small."""
+    from mambakit.kernels.conv.triton_launch import tiling
+
+    cut = tiling(batch, length, channels, vector, 4, 64, 32, ahead)
+    assert (cut.steps + ahead) % cut.unroll == 0
+    assert cut.steps * cut.chunks >= length > cut.steps * (cut.chunks - 1)
+    assert cut.total == batch * cut.chunks
+    assert cut.tiles * cut.rows >= cut.total > (cut.tiles - 1) * cut.rows
+    assert cut.programs * cut.channels >= channels * cut.tiles
+    assert cut.steps * cut.chunks < length + cut.unroll * cut.chunks
+    assert cut.chunks == 1 or 2 * (cut.steps + cut.unroll) > 32 - ahead
+
+
+@pytest.mark.skipif(not TRITON_INSTALLED, reason="triton is not installed")
+@pytest.mark.parametrize("bias", [False, True])
+def test_partial_sums_of_many_tiles_by_triton(bias: bool) -> None:
+    from mambakit.kernels.conv.triton_backward import sum_partials
+
+    channels, width, count = 9, 4, 150
+    partials = random_tensor(count, channels * (width + bias), seed=1, device=DEVICE)
+    dweight = torch.full((channels, width), float("nan"), device=DEVICE)
+    dbias = torch.full((channels,), float("nan"), device=DEVICE) if bias else None
+    sum_partials[(2,)](partials, dweight, dbias, count, channels, W=width, BP=64, BC=32)
+    assert_close("dweight", dweight.flatten(), partials.sum(0)[: channels * width])
+    if dbias is not None:
+        assert_close("dbias", dbias, partials.sum(0)[channels * width :])
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -65,6 +65,29 @@ def test_sizes(backend: str, shape: tuple[int, ...]) -> None:
         assert layer_norm(x, weight, eps=0.1, backend=backend).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("function", NORMS)
+def test_a_row_of_several_tiles(backend: str, function: Any) -> None:
+    """Not a power of two, the last tile half full, more rows than a tile of them holds."""
+    compare(function, row_inputs(9, 330), backend=backend, prenorm=True)
+    compare(gated_rms_norm, gated_inputs(9, 330), backend=backend, group_size=165)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("residual_dtype", [torch.bfloat16, torch.float32])
+def test_gradients_come_in_their_inputs_dtypes(backend: str, residual_dtype: torch.dtype) -> None:
+    """One gradient for x and the residual, rounded to each one's dtype; the float32 one is not rounded on the way."""
+    arguments = row_inputs(3, 33, optional=False, dtype=torch.bfloat16)
+    arguments["residual"] = random_tensor(3, 33, seed=4, dtype=residual_dtype)
+    given = {name: value.to(DEVICE).requires_grad_() for name, value in arguments.items()}
+    y, s = rms_norm(**given, prenorm=True, residual_in_fp32=True, backend=backend)
+    dx, dresidual = torch.autograd.grad((y.float() * 3 + s).sum(), (given["x"], given["residual"]))
+    assert (dx.dtype, dresidual.dtype) == (torch.bfloat16, residual_dtype)
+    assert_close("dx", dx, dresidual)
+    if residual_dtype == torch.float32:
+        assert not torch.equal(dx.float(), dresidual)
+
+
 def test_blocks_of_rows() -> None:
     """More rows than one cache block, so that the blocks' parameter gradients are added up."""
     for function in NORMS:
