@@ -43,7 +43,9 @@ def draw(record: dict[str, Any], target: Path) -> None:
                 panel.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, label=label)
         if "H200" in record["device"]:
             peer = [(length, SCAN[shape][index] * TOKENS * 2048 / work) for shape, (length, work) in RECORDED.items()]
-            panel.plot(*zip(*peer, strict=True), "D", color="#2c8a4b", markersize=6, label=CUDA_SCAN)
+            panel.plot(
+                *zip(*peer, strict=True), "D", color="#2c8a4b", markersize=6, label=f"{CUDA_SCAN}, scaled to this work"
+            )
         panel.set(title=name, xlabel="sequence length", xscale="log", yscale="log")
         panel.set_xscale("log", base=2)
         panel.grid(alpha=0.3, which="both", linewidth=0.5)
