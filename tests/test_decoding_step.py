@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import partial
 from typing import Any
 
@@ -172,3 +174,8 @@ def test_a_graph_follows_the_model() -> None:
     assert sorted(str(key.dtype) for key in graph._kept[model]) == ["torch.bfloat16", "torch.float32"]
     release_graphs(model)
     assert model not in graph._kept
+    generate(model, prompt, 8, temperature=0)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None, "a kept graph prolongs the life of its model"

@@ -82,7 +82,7 @@ def obstacle(model: Any, device: torch.device, dtype: torch.dtype) -> str | None
     for name, parameter in model.named_parameters():
         if parameter.device != device or parameter.dtype == torch.float64 or not parameter.is_contiguous():
             return f"{name} is float64, not contiguous, or not on {device}"
-    chosen = dispatch.choose("FusedStep", "auto", model.lm_head.weight)
+    chosen = dispatch.choose("generate", "auto", torch.empty((), dtype=dtype, device=device))
     return None if chosen.backend == "triton" else chosen.why
 
 
