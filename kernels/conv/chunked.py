@@ -139,10 +139,14 @@ def backward(
     seq_idx: Tensor | None,
     silu: bool,
     reverse: bool,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, weight, bias and initial_state; the value before the activation is computed again."""
+    """Gradients of x, weight, bias and initial_state; the value before the activation is computed again.
+
+    That of x is written into ``dx`` where given: x's shape and dtype, its channels side by side, its rows anywhere.
+    """
     whole = _Convolution(x, weight, initial_state, seq_idx, reverse)
-    dx = torch.zeros(x.shape, dtype=whole.exact, device=x.device)
+    sums = torch.zeros(x.shape, dtype=whole.exact, device=x.device)
     dstate = torch.zeros(whole.state.shape, dtype=whole.exact, device=x.device)
     dtaps = torch.zeros_like(whole.taps)
     dbias = torch.zeros_like(whole.taps[0])
@@ -158,7 +162,7 @@ def backward(
             dtaps[k] += (block.neighbour(block.padded, k) * into).sum(dim=(0, 1))
         if bias is not None:
             dbias += dpre.sum(dim=(0, 1))
-        inside = dx[block.inputs]
+        inside = sums[block.inputs]
         inside += dpadded[:, block.offset : block.offset + inside.shape[1]]
         if block.from_state.stop > block.from_state.start:
             edge = dstate[block.rows, block.from_state]
@@ -169,7 +173,7 @@ def backward(
         dinitial_state = dstate.flip(1) if reverse else dstate
         dinitial_state = dinitial_state.transpose(1, 2).to(initial_state.dtype).contiguous()
     return (
-        dx.to(x.dtype),
+        sums.to(x.dtype) if dx is None else dx.copy_(sums),
         dweight.to(weight.dtype).contiguous(),
         None if bias is None else dbias.to(bias.dtype),
         dinitial_state,

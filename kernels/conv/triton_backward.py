@@ -52,6 +52,8 @@ def conv_backward(
     dout_row,
     x_batch,
     x_row,
+    dx_batch,
+    dx_row,
     chunks,
     total,
     steps,
@@ -84,10 +86,10 @@ def conv_backward(
             present = sequence_at(seq_idx, b, start - (W - 2 - s), L, REVERSE)
             same += (present == sequence,)
             sequence = present
-    x_hop, dout_hop, dx_hop = hop(x_row, REVERSE), hop(dout_row, REVERSE), hop(D, REVERSE)
+    x_hop, dout_hop, dx_hop = hop(x_row, REVERSE), hop(dout_row, REVERSE), hop(dx_row, REVERSE)
     x += row_of(start, L, REVERSE) * x_row
     dout += b * dout_batch + d + row_of(start, L, REVERSE) * dout_row
-    dx += b * L * D + d + row_of(start, L, REVERSE) * D - (W - 1) * dx_hop
+    dx += b * dx_batch + d + row_of(start, L, REVERSE) * dx_row - (W - 1) * dx_hop
     known = tl.minimum(end + W - 1, L)
     x_rows = load_rows(x, known - start, 0, x_hop, in_d, U)
     dout_rows = load_rows(dout, known - start, 0, dout_hop, in_d, U)
@@ -185,7 +187,7 @@ def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], in
     pointers = {"dout": "*bf16", "x": "*bf16", "weight": "*fp32", "bias": "*fp32", "state": "*fp32", "seq_idx": "*i32"}
     pointers |= {"dx": "*bf16", "partials": "*fp32", "dstate": "*fp32"}
     numbers = {"L": "i32", "D": "i32", "dout_batch": "i64", "dout_row": "i64", "x_batch": "i64", "x_row": "i64"}
-    numbers |= {"chunks": "i32", "total": "i32", "steps": "i32"}
+    numbers |= {"dx_batch": "i64", "dx_row": "i64", "chunks": "i32", "total": "i32", "steps": "i32"}
     constants = {"SILU": True, "REVERSE": True, "W": 4, "U": 4, "BR": 4, "BD": 128}
     absent = dict.fromkeys(("bias", "state", "dstate", "seq_idx"))
     yield example(conv_backward, pointers | numbers, constants, 4)

@@ -104,12 +104,14 @@ def backward(
     seq_idx: Tensor | None,
     silu: bool,
     reverse: bool,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """As :func:`mambakit.kernels.conv.chunked.backward`."""
     batch, length, channels = x.shape
     width = weight.shape[1]
     x, dout = _channels_last(x), _channels_last(dout)
-    dx = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
+    if dx is None:
+        dx = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
     # Half the forward's channels a thread: the sums fill as many registers as the windows.
     cut = tiling(batch, length, channels, 4, 4, 64, 32, width - 1)
     columns = channels * width if bias is None else channels * (width + 1)
@@ -138,6 +140,8 @@ def backward(
         dout.stride(1),
         x.stride(0),
         x.stride(1),
+        dx.stride(0),
+        dx.stride(1),
         cut.chunks,
         cut.total,
         cut.steps,
@@ -168,7 +172,9 @@ def update(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     warps = 4
     tile_d = 32 * warps
-    conv_update[(triton.cdiv(channels, tile_d), batch)](
+    launch(
+        conv_update,
+        (triton.cdiv(channels, tile_d), batch),
         x,
         conv_state,
         weight.contiguous(),

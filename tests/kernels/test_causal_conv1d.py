@@ -125,6 +125,22 @@ def test_a_sequence_that_holds_nan_spoils_no_other_gradient(backend: str, revers
         assert_close("dx", got[:, part], want[:, part])
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_gradient_goes_into_half_of_a_wider_tensor(backend: str) -> None:
+    """As the fused block asks it: that of x beside that of z, with no copy after."""
+    if backend == "triton":
+        from mambakit.kernels.conv import triton_launch as implementation
+    else:
+        from mambakit.kernels.conv import chunked as implementation  # type: ignore[no-redef]
+    x, dout = (random_tensor(2, 9, 6, seed=seed, device=DEVICE) for seed in (1, 2))
+    weight = random_tensor(6, 4, seed=3, device=DEVICE)
+    whole = torch.full((2, 9, 12), 7.0, device=DEVICE)
+    given = (dout, x, weight, None, None, None, True, False)
+    dx = implementation.backward(*given, dx=whole[..., :6])[0]
+    assert dx.data_ptr() == whole.data_ptr() and (whole[..., 6:] == 7).all()
+    assert torch.equal(dx, implementation.backward(*given)[0])
+
+
 @pytest.mark.skipif(not TRITON_INSTALLED, reason="triton is not installed")
 @pytest.mark.parametrize("batch", [1, 8, 128])
 @pytest.mark.parametrize("length", [1, 2, 31, 197, 2048, 65536])
