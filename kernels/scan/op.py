@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -204,6 +205,11 @@ def _implementation(backend: str) -> ModuleType:
     return chunked
 
 
+def _chosen_dtypes(backend: str, tensor: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off for vectorised PyTorch, which multiplies states with B and C in float32 at least."""
+    return nullcontext() if backend == "triton" else torch.autocast(tensor.device.type, enabled=False)
+
+
 def _forward(
     u: Tensor,
     delta: Tensor,
@@ -219,9 +225,9 @@ def _forward(
     direction: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _implementation(backend).scan_forward(
-        u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus, direction
-    )
+    arguments = (u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus, direction)
+    with _chosen_dtypes(backend, u):
+        return _implementation(backend).scan_forward(*arguments)
 
 
 def _fake_forward(
@@ -267,23 +273,11 @@ def _backward(
     direction: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gradients = _implementation(backend).scan_backward(
-        dout,
-        dfinal_state,
-        u,
-        delta,
-        A,
-        B,
-        C,
-        D,
-        z,
-        delta_bias,
-        initial_state,
-        seq_idx,
-        checkpoints,
-        delta_softplus,
-        direction,
-    )
+    arguments = (u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx)
+    with _chosen_dtypes(backend, u):
+        gradients = _implementation(backend).scan_backward(
+            dout, dfinal_state, *arguments, checkpoints, delta_softplus, direction
+        )
     # An operator returns tensors only: an empty one stands for the gradient of an argument that was not given.
     return tuple(u.new_empty(0) if gradient is None else gradient for gradient in gradients)  # type: ignore[return-value]
 

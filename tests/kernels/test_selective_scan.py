@@ -141,6 +141,18 @@ def test_narrow_inputs_are_computed_in_float32(device: str, dtype: torch.dtype) 
     assert_close("out", got["out"], exact[0].to(dtype))
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_changes_no_bit(device: str, backend: str) -> None:
+    """States are float32 whatever surrounds the call: autocast would narrow the products with B and C."""
+    given = arguments(dtype=torch.float32, device=device)
+    want = results(given, backend)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        got = results(given, backend)
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+
+
 @pytest.mark.parametrize("complex_A", [False, True])
 @pytest.mark.parametrize("lanes", [False, True])
 @pytest.mark.parametrize("backend", ["torch", "reference"])
