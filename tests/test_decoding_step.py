@@ -76,6 +76,22 @@ def test_a_step_reads_new_values_of_the_parameters() -> None:
     assert torch.equal(first_half, want_half)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_argmax_takes_the_first_of_the_largest(dtype: torch.dtype) -> None:
+    from mambakit.kernels.decode.triton_launch import argmax
+
+    rows = torch.randn(4, 20_016, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)[:, :20_001]
+    rows[0, [19_000, 3]] = 9.0  # two of them, in two of the blocks a row is read in
+    rows[1] = -torch.inf
+    rows[2, 20_000] = torch.inf
+    rows[3, 16_384] = 8.0  # the first of the second block
+    out = torch.full((4,), -1, device=DEVICE)
+    argmax(rows, out)
+    assert out.tolist() == [3, 0, 20_000, 16_384]
+    argmax(torch.full((4, 7), torch.nan, device=DEVICE), out)
+    assert ((out >= 0) & (out < 7)).all(), "an id, for the embedding to read, even where the logits are none"
+
+
 @pytest.mark.parametrize("side", ["left", "right", None])
 def test_a_prompt_read_in_chunks_is_a_prompt_read_at_once(side: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph, "CHUNK", 4)

@@ -93,8 +93,7 @@ def state_update(
     d_state = state.shape[-1]
     groups = B.shape[1]
     BN = triton.next_power_of_2(d_state)
-    # 1,024 states a program, 8 a thread: enough programs to fill a GPU even at batch 1.
-    BD = max(1, min(triton.next_power_of_2(dim), 1024 // BN))
+    BD, warps = _tile(batch * heads * dim * BN, triton.next_power_of_2(dim), BN)
 
     def strides(tensor: Tensor | None, axes: int) -> tuple[int, ...]:
         return (0,) * axes if tensor is None else tensor.stride()
@@ -105,6 +104,14 @@ def state_update(
             heads, dim, heads // groups,
             *state.stride(), *x.stride(), *dt.stride(), *A.stride(), *B.stride(), *C.stride(),
             *strides(D, 2), *strides(z, 3), *strides(dt_bias, 2), *strides(state_batch_indices, 1),
-            N=d_state, BN=BN, BD=BD, SOFTPLUS=dt_softplus, num_warps=4, num_stages=1,
+            N=d_state, BN=BN, BD=BD, SOFTPLUS=dt_softplus, num_warps=warps, num_stages=1,
         )  # fmt: skip
     return out
+
+
+def _tile(states: int, dim: int, BN: int) -> tuple[int, int]:
+    """(channels, warps) of a program. Few states: two a thread, so that many threads share the wait for memory. Many:
+    16 a thread and one warp a program, which never waits for another warp of its own.
+    """
+    tile, warps = (256, 4) if states < 2**18 else (512, 1)
+    return max(1, min(dim, tile // BN)), warps
