@@ -10,7 +10,7 @@ a scan from the end. Read gluon_common.py's head first.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
+from mambakit.kernels.launch import launch
 from mambakit.kernels.scan.gluon_common import (
     LN2,
     LOG2E,
@@ -34,6 +35,7 @@ from mambakit.kernels.scan.gluon_forward import direction_of
 from mambakit.kernels.scan.gluon_launch import CHUNK, cut, dense_float, multiprocessors, segment_states
 from mambakit.kernels.scan.reference import HALF
 from mambakit.kernels.scan.triton_common import device_guard, group_count, row_strides, unit_stride, vector_strides
+from mambakit.kernels.scan.triton_sums import add_partials
 
 
 @constexpr_function
@@ -531,14 +533,13 @@ def scan_backward(
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=u.device)
 
-    du = torch.empty(u.shape, dtype=u.dtype, device=u.device) if du is None else du
-    ddelta = torch.empty(u.shape, dtype=delta.dtype, device=u.device)
-    if z is not None and dz is None:
-        dz = torch.empty(u.shape, dtype=z.dtype, device=u.device)
-    out = torch.empty(u.shape, dtype=u.dtype, device=u.device) if recompute_out else None
-    dA = empty(batch * segments, channels, d_state)
+    du = like(u) if du is None else du
+    dz = like(z) if dz is None else dz
+    ddelta = like(delta)
+    out = like(u) if recompute_out else None
+    dA_partial = empty(batch * segments, channels, d_state)
     dBC = empty(blocks, batch, length, 2, d_state)
-    dD, dbias = (None if t is None else empty(batch * segments, channels) for t in (D, delta_bias))
+    dD_partial, dbias_partial = (None if t is None else empty(batch * segments, channels) for t in (D, delta_bias))
     dinitial = None if initial_state is None else empty(batch, channels, d_state)
     with device_guard(u):
         products = ends = None
@@ -547,9 +548,10 @@ def scan_backward(
                 dout, delta, A32, C, z, delta_bias, seq_idx, delta_softplus, direction,
                 plan._replace(segments=segments, segment_length=segment_length), plan.C_share, True,
             )  # fmt: skip
-        scan_backward_kernel[(batch * blocks * segments,)](
+        launch(
+            scan_backward_kernel, (batch * blocks * segments,),
             dout, dfinal_state, u, delta, A32, B, C, D, z, delta_bias, seq_idx, checkpoints, products, ends,
-            du, ddelta, dz, out, dA, dBC, dD, dbias, dinitial,
+            du, ddelta, dz, out, dA_partial, dBC, dD_partial, dbias_partial, dinitial,
             length, channels, channels // plan.groups, blocks_per_group, blocks, plan.groups,
             plan.B_share, plan.C_share, segments, segment_length,
             *row_strides(u), *row_strides(delta), *row_strides(z), *row_strides(dout), *row_strides(du),
@@ -557,24 +559,14 @@ def scan_backward(
             N=d_state, T=config.steps, CPT=config.channels, SPT=config.states, NW=config.warps, CHUNK=CHUNK,
             SOFTPLUS=delta_softplus, DIRECTION=direction, RELOAD=config.reload, num_warps=config.warps,
         )  # fmt: skip
-    dB, dC = dBC[:, :, :, 0], dBC[:, :, :, 1]
-    gradients = (
-        du,
-        ddelta,
-        dA.sum(0).to(A.dtype),
-        vector_gradient(dB, B),
-        vector_gradient(dC, C),
-        None if D is None or dD is None else dD.sum(0).to(D.dtype),
-        dz,
-        None if delta_bias is None or dbias is None else dbias.sum(0).to(delta_bias.dtype),
-        None if dinitial is None or initial_state is None else dinitial.to(initial_state.dtype),
-    )
+        dB, dC, dA, dD, dbias = (like(tensor) for tensor in (B, C, A, D, delta_bias))
+        add_partials(dBC, dA_partial, dD_partial, dbias_partial, dB, dC, dA, dD, dbias)
+    if dinitial is not None and initial_state is not None:
+        dinitial = dinitial.to(initial_state.dtype)
+    gradients = du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial
     return (*gradients, out) if recompute_out else gradients
 
 
-def vector_gradient(partial: Tensor, vector: Tensor) -> Tensor:
-    """Add up the partial sums (blocks, B, L, N) of B's or C's gradient over each group's blocks."""
-    if vector.dim() == 3:
-        return partial.sum(0).to(vector.dtype)
-    by_group = partial.unflatten(0, (vector.shape[2], -1)).sum(1)
-    return by_group.permute(1, 2, 0, 3).to(vector.dtype).contiguous()
+def like(tensor: Tensor | None) -> Any:
+    """An empty contiguous tensor of the same shape and dtype; None for None."""
+    return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
