@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,3 +57,53 @@ def random_tensor(
     wide = torch.complex128 if dtype.is_complex else torch.float64
     numbers = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=wide)
     return numbers.to(device, dtype).requires_grad_(requires_grad)
+
+
+def scan_arguments(
+    batch: int = 2,
+    length: int = 21,
+    channels: int = 6,
+    d_state: int = 3,
+    B: str = "per step",
+    C: str = "per step",
+    complex_A: bool = False,
+    optional: bool = True,
+    packed: bool = False,
+    reverse: bool | str = False,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Random keyword arguments of ``selective_scan``, the same at every call.
+
+    Args:
+        B, C: "per step" (B, L, N), "2 groups" or "4 groups" (B, L, G, N), or "constant" (D, N).
+        complex_A: A, B, C and the initial state are complex.
+        optional: give every optional tensor as well.
+        packed: give a ``seq_idx`` with a new sequence at about every fifth step.
+    """
+    number = torch.promote_types(dtype, torch.complex64) if complex_A else dtype
+    seeds = iter(range(100))
+
+    def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return random_tensor(*shape, seed=next(seeds), dtype=dtype, device=device)
+
+    def coefficients(form: str) -> Tensor:
+        shapes = {
+            "per step": (batch, length, d_state),
+            "2 groups": (batch, length, 2, d_state),
+            "4 groups": (batch, length, 4, d_state),
+            "constant": (channels, d_state),
+        }
+        return random(*shapes[form], dtype=number)
+
+    A = random(channels, d_state, dtype=number)
+    A = torch.complex(-A.real.exp(), A.imag) if complex_A else -A.exp()
+    given: dict[str, Any] = {"u": random(batch, length, channels), "delta": random(batch, length, channels), "A": A}
+    given |= {"B": coefficients(B), "C": coefficients(C)}
+    if optional:
+        given |= {"D": random(channels), "z": random(batch, length, channels), "delta_bias": random(channels)}
+        given |= {"initial_state": random(batch, channels, d_state, dtype=number)}
+    if packed:
+        begins = torch.rand(batch, length, generator=torch.Generator().manual_seed(7)) < 0.2
+        given |= {"seq_idx": begins.cumsum(1).to(device, torch.int32)}
+    return given | {"delta_softplus": True, "reverse": reverse, "return_final_state": True}

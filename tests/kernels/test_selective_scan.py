@@ -8,60 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mambakit.kernels import use_backend
-from mambakit.kernels.dispatch import TRITON_INSTALLED
 from mambakit.kernels.scan import chunked, selective_scan
 from mambakit.kernels.scan import lanes as lanes_module
-from mambakit.kernels.scan.op import _is_usual, _not_in_triton, _scan, _scan_backward
+from mambakit.kernels.scan.op import _scan, _scan_backward
 from mambakit.kernels.scan.reference import FORWARD, HALF, direction_of
-from mambakit.kernels.testing import assert_close, poisoned_memory, random_tensor
+from mambakit.kernels.testing import assert_close, poisoned_memory, random_tensor, scan_arguments
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
 DIFFERENTIABLE = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 FORMS = ("per step", "2 groups", "constant")
-
-
-def arguments(
-    batch: int = 2,
-    length: int = 21,
-    channels: int = 6,
-    d_state: int = 3,
-    B: str = "per step",
-    C: str = "per step",
-    complex_A: bool = False,
-    optional: bool = True,
-    packed: bool = False,
-    reverse: bool | str = False,
-    dtype: torch.dtype = torch.float64,
-    device: str = "cpu",
-) -> dict:
-    """Keyword arguments of ``selective_scan``, from one seed; ``optional`` gives every optional tensor as well."""
-    number = torch.promote_types(dtype, torch.complex64) if complex_A else dtype
-    seeds = iter(range(100))
-
-    def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return random_tensor(*shape, seed=next(seeds), dtype=dtype, device=device)
-
-    def coefficients(form: str) -> Tensor:
-        shapes = {
-            "per step": (batch, length, d_state),
-            "2 groups": (batch, length, 2, d_state),
-            "4 groups": (batch, length, 4, d_state),
-            "constant": (channels, d_state),
-        }
-        return random(*shapes[form], dtype=number)
-
-    A = random(channels, d_state, dtype=number)
-    A = torch.complex(-A.real.exp(), A.imag) if complex_A else -A.exp()
-    given = {"u": random(batch, length, channels), "delta": random(batch, length, channels), "A": A}
-    given |= {"B": coefficients(B), "C": coefficients(C)}
-    if optional:
-        given |= {"D": random(channels), "z": random(batch, length, channels), "delta_bias": random(channels)}
-        given |= {"initial_state": random(batch, channels, d_state, dtype=number)}
-    if packed:
-        begins = torch.rand(batch, length, generator=torch.Generator().manual_seed(7)) < 0.2
-        given |= {"seq_idx": begins.cumsum(1).to(device, torch.int32)}
-    return given | {"delta_softplus": True, "reverse": reverse, "return_final_state": True}
 
 
 def results(given: dict, backend: str, tensors: tuple[str, ...] = DIFFERENTIABLE) -> dict[str, Tensor]:
@@ -108,7 +63,7 @@ def many_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
     row_groups=st.booleans(),
 )
 def test_outputs_and_gradients_are_those_of_the_definition(lanes: int, row_groups: bool, **options) -> None:
-    given = arguments(**options)
+    given = scan_arguments(**options)
     state = options["batch"] * options["channels"] * options["d_state"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lanes_module, "SMALL_STEP", 0 if lanes == 1 else state + 1)
@@ -121,7 +76,7 @@ def test_outputs_and_gradients_are_those_of_the_definition(lanes: int, row_group
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("complex_A", [False, True])
 def test_float32_on_each_device(device: str, complex_A: bool) -> None:
-    given = arguments(2, 300, 16, 4, complex_A=complex_A, packed=True, dtype=torch.float32, device=device)
+    given = scan_arguments(2, 300, 16, 4, complex_A=complex_A, packed=True, dtype=torch.float32, device=device)
     assert_same(results(given, "torch"), results(given, "reference"), 2e-5)
 
 
@@ -129,7 +84,7 @@ def test_float32_on_each_device(device: str, complex_A: bool) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_narrow_inputs_are_computed_in_float32(device: str, dtype: torch.dtype) -> None:
     """As autocast mixes them: narrow activations beside float32 parameters."""
-    given = arguments(dtype=torch.float32, device=device)
+    given = scan_arguments(dtype=torch.float32, device=device)
     for name in ("u", "z", "B", "C"):
         given[name] = given[name].to(dtype)
     got = results(given, "torch")
@@ -145,7 +100,7 @@ def test_narrow_inputs_are_computed_in_float32(device: str, dtype: torch.dtype) 
 @pytest.mark.parametrize("device", DEVICES)
 def test_autocast_changes_no_bit(device: str, backend: str) -> None:
     """States are float32 whatever surrounds the call: autocast would narrow the products with B and C."""
-    given = arguments(dtype=torch.float32, device=device)
+    given = scan_arguments(dtype=torch.float32, device=device)
     want = results(given, backend)
     with torch.autocast(device, dtype=torch.bfloat16):
         got = results(given, backend)
@@ -161,7 +116,7 @@ def test_gradcheck_through_initial_and_final_state(
 ) -> None:
     if lanes:
         monkeypatch.setattr(lanes_module, "SMALL_STEP", 10**9)
-    given = arguments(1, 18 if lanes else 5, 2, 2, "2 groups", "per step", complex_A=complex_A, packed=True)
+    given = scan_arguments(1, 18 if lanes else 5, 2, 2, "2 groups", "per step", complex_A=complex_A, packed=True)
 
     def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         return selective_scan(**given | dict(zip(DIFFERENTIABLE, tensors, strict=True)), backend=backend)
@@ -170,7 +125,7 @@ def test_gradcheck_through_initial_and_final_state(
 
 
 def test_the_definition_has_second_derivatives() -> None:
-    given = arguments(1, 3, 2, 2)
+    given = scan_arguments(1, 3, 2, 2)
 
     def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         return selective_scan(**given | dict(zip(DIFFERENTIABLE, tensors, strict=True)), backend="reference")
@@ -184,7 +139,7 @@ def test_the_definition_has_second_derivatives() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_operators_pass_opcheck(device: str, optional: bool, complex_A: bool) -> None:
     direction = HALF if optional else FORWARD
-    given = arguments(
+    given = scan_arguments(
         1, 4, 2, 2, optional=optional, packed=optional, complex_A=complex_A, dtype=torch.float32, device=device
     )
     tensors = [given.get(name) for name in DIFFERENTIABLE]
@@ -200,7 +155,7 @@ def test_operators_pass_opcheck(device: str, optional: bool, complex_A: bool) ->
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_training_step_compiles_without_a_break(compiler: str) -> None:
-    given = arguments(dtype=torch.float32)
+    given = scan_arguments(dtype=torch.float32)
 
     def loss(u: Tensor, A: Tensor) -> Tensor:
         out, final_state = selective_scan(**given | {"u": u.sin(), "A": A})
@@ -221,7 +176,7 @@ def test_a_training_step_compiles_without_a_break(compiler: str) -> None:
 @pytest.mark.parametrize("cuts", [[1], [20], [1, 2, 17], [16]])
 def test_split_law(backend: str, reverse: bool, cuts: list[int]) -> None:
     """A sequence in pieces, the state handed on, is the whole sequence: outputs, and all gradients."""
-    given = arguments(packed=True, reverse=reverse)
+    given = scan_arguments(packed=True, reverse=reverse)
     given["seq_idx"].zero_()
     whole = results(given, backend)
 
@@ -249,7 +204,7 @@ def test_packing_law(reverse: bool, lanes: bool, request: pytest.FixtureRequest)
     if lanes:
         request.getfixturevalue("many_lanes")
     lengths = [1, 17, 5, 30, 1, 9]
-    given = arguments(1, sum(lengths), optional=True, reverse=reverse)
+    given = scan_arguments(1, sum(lengths), optional=True, reverse=reverse)
     given["seq_idx"] = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).unsqueeze(0)
     packed = results(given, "torch")
 
@@ -282,7 +237,7 @@ def test_a_reset_clears_any_state(
 ) -> None:
     """NaN and infinity stay in their own sequence, in the forward and in the backward: no 0 * inf at its ends."""
     monkeypatch.setattr(lanes_module, "SMALL_STEP", 10**9 if lanes else 0)
-    given = arguments(1, 60, reverse=reverse)
+    given = scan_arguments(1, 60, reverse=reverse)
     given["seq_idx"] = torch.zeros(1, 60, dtype=torch.int32)
     given["seq_idx"][:, 16:45] = 1
     spoiled = dict(given, u=given["u"].clone())
@@ -307,7 +262,7 @@ def test_a_reset_clears_any_state(
 @pytest.mark.parametrize("form", ["per step", "4 groups", "constant"])
 def test_half_law(backend: str, form: str) -> None:
     """Each half of the channels is a call of its own in its own direction: outputs, and all gradients."""
-    given = arguments(channels=8, B=form, C="per step", packed=True, reverse="half")
+    given = scan_arguments(channels=8, B=form, C="per step", packed=True, reverse="half")
     whole = results(given, backend)
     leaves = {name: given[name].clone().requires_grad_() for name in DIFFERENTIABLE}
     outputs = []
@@ -329,7 +284,7 @@ def test_half_law(backend: str, form: str) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_reverse_law(backend: str) -> None:
-    given = arguments(packed=True, reverse=True)
+    given = scan_arguments(packed=True, reverse=True)
     flipped = {name: given[name].flip(1) for name in ("u", "delta", "B", "C", "z", "seq_idx")}
     out, final_state = selective_scan(**given | flipped | {"reverse": False}, backend=backend)
     got, got_state = selective_scan(**given, backend=backend)
@@ -338,14 +293,14 @@ def test_reverse_law(backend: str) -> None:
 
 
 def test_a_long_sequence_of_few_channels() -> None:
-    given = arguments(1, 5000, 4, 2, dtype=torch.float64)
+    given = scan_arguments(1, 5000, 4, 2, dtype=torch.float64)
     assert_same(results(given, "torch"), results(given, "reference"))
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_padding_law(reverse: bool) -> None:
     """Behind a raw step of -1e4 an element neither reads nor writes the state, and gradients stay finite."""
-    given = arguments(reverse=reverse, dtype=torch.float32)
+    given = scan_arguments(reverse=reverse, dtype=torch.float32)
     want = results(given, "torch")
     padded = dict(given)
     for name in ("u", "delta", "B", "C", "z"):
@@ -368,7 +323,7 @@ def test_steps_of_any_size_stay_finite(backend: str, lanes: bool, request: pytes
     """Decays of exactly 0 and exactly 1, side by side: nothing divides by them."""
     if lanes:
         request.getfixturevalue("many_lanes")
-    given = arguments(1, 48, dtype=torch.float32)
+    given = scan_arguments(1, 48, dtype=torch.float32)
     given["delta"][:, ::3] = 1e5
     given["delta"][:, 1::3] = -1e4
     got = results(given, backend)
@@ -382,14 +337,14 @@ def test_steps_of_any_size_stay_finite(backend: str, lanes: bool, request: pytes
 def test_every_element_is_written(complex_A: bool, lanes: bool, request: pytest.FixtureRequest) -> None:
     if lanes:
         request.getfixturevalue("many_lanes")
-    given = arguments(3, 35, complex_A=complex_A, B="2 groups", C="constant")
+    given = scan_arguments(3, 35, complex_A=complex_A, B="2 groups", C="constant")
     want = results(given, "torch")
     with poisoned_memory():
         assert_same(results(given, "torch"), want)
 
 
 def test_strided_and_expanded_inputs_and_no_mutation() -> None:
-    given = arguments(packed=True)
+    given = scan_arguments(packed=True)
     strided = dict(given)
     for name, value in given.items():
         if isinstance(value, Tensor) and name != "seq_idx":
@@ -416,7 +371,7 @@ def test_strided_and_expanded_inputs_and_no_mutation() -> None:
 @pytest.mark.parametrize("reverse", [False, "half"])
 def test_the_backward_hands_out_its_own_output_again(reverse: bool | str) -> None:
     """For blocks that keep less than the output; everything else is as without."""
-    given = arguments(packed=True, reverse=reverse)
+    given = scan_arguments(packed=True, reverse=reverse)
     tensors = [given[name] for name in (*DIFFERENTIABLE, "seq_idx")]
     out, _, checkpoints = chunked.scan_forward(*tensors, True, direction_of(reverse))
     rest = (torch.ones_like(out), None, *tensors, checkpoints, True, direction_of(reverse))
@@ -428,7 +383,7 @@ def test_the_backward_hands_out_its_own_output_again(reverse: bool | str) -> Non
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_gradients_of_one_output_alone(which: int) -> None:
-    given = arguments()
+    given = scan_arguments()
     want = selective_scan(**given | {"u": given["u"].requires_grad_()}, backend="reference")[which]
     got = selective_scan(**given, backend="torch")[which]
     wanted = torch.autograd.grad(want.square().sum(), given["u"])[0]
@@ -436,7 +391,7 @@ def test_gradients_of_one_output_alone(which: int) -> None:
 
 
 def test_saved_memory_is_inputs_and_one_state_a_chunk() -> None:
-    given = arguments(2, 160, 6, 4, dtype=torch.float32)
+    given = scan_arguments(2, 160, 6, 4, dtype=torch.float32)
     saved = {}
     given["u"].requires_grad_()
 
@@ -448,76 +403,3 @@ def test_saved_memory_is_inputs_and_one_state_a_chunk() -> None:
         selective_scan(**given, backend="torch")
     inputs = sum(given[name].numel() for name in DIFFERENTIABLE)
     assert sum(saved.values()) == inputs + 2 * (160 // lanes_module.CHUNK) * 6 * 4
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"u": torch.zeros(2, 0, 6)}, ValueError, r"u has shape \(2, 0, 6\).*at least one element"),
-        ({"u": torch.zeros(2, 6)}, ValueError, r"u has shape \(2, 6\), expected \(batch, length, channels\)"),
-        ({"delta": torch.zeros(2, 20, 6)}, ValueError, r"delta has shape \(2, 20, 6\), expected .*length=21"),
-        ({"delta": None}, TypeError, "delta must be a tensor, got NoneType"),
-        ({"C": [1.0]}, TypeError, "C must be a tensor, got list"),
-        ({"A": torch.zeros(5, 3)}, ValueError, r"A has shape \(5, 3\), expected \(channels=6"),
-        ({"A": torch.zeros(6, 3, dtype=torch.int64)}, TypeError, "A has dtype int64"),
-        ({"B": torch.zeros(2, 21, 4)}, ValueError, r"B has shape .*d_state=3"),
-        ({"B": torch.zeros(2, 21, 4, 3)}, ValueError, "B has 4 groups, expected a divisor of the 6 channels"),
-        ({"C": torch.zeros(6, 3, dtype=torch.complex64)}, TypeError, "C has dtype complex64, expected one of float16"),
-        ({"C": torch.zeros(6, 3, device="meta")}, ValueError, "C is on meta, u is on cpu"),
-        ({"z": torch.zeros(1)}, ValueError, r"z has shape \(1,\)"),
-        ({"D": torch.zeros(7)}, ValueError, r"D has shape \(7,\), expected \(channels=6\)"),
-        ({"delta_bias": torch.zeros(6, dtype=torch.bool)}, TypeError, "delta_bias has dtype bool"),
-        ({"initial_state": torch.zeros(2, 3, 6)}, ValueError, r"initial_state has shape \(2, 3, 6\)"),
-        ({"initial_state": torch.zeros(2, 6, 3, device="meta")}, ValueError, "initial_state is on meta, u is on cpu"),
-        ({"seq_idx": torch.zeros(2, 20, dtype=torch.int32)}, ValueError, "seq_idx has shape"),
-        ({"seq_idx": torch.zeros(2, 21)}, TypeError, "seq_idx has dtype float32, expected one of int32, int64"),
-        ({"reverse": "both"}, ValueError, "reverse is 'both', expected False, True or \"half\""),
-        (arguments(channels=5, reverse="half"), ValueError, "u has 5 channels, expected an even number of them"),
-        ({"C": torch.zeros(2, 21, 3, 3), "reverse": "half"}, ValueError, "C has 3 groups, expected one or an even"),
-        ({"backend": "cuda"}, ValueError, "backend='cuda' is unknown"),
-    ],
-)
-def test_bad_arguments_are_named(change: dict, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match="selective_scan: .*" + message):
-        selective_scan(**arguments() | change)
-
-
-@pytest.mark.parametrize("optional", [False, True])
-def test_a_plain_call_is_checked_the_short_way(optional: bool) -> None:
-    """What the short check accepts wrongly, the test above finds; here, that it accepts anything."""
-    given = arguments(optional=optional)
-    tensors = [given.get(name) for name in (*DIFFERENTIABLE, "seq_idx")]
-    assert _is_usual(*tensors)
-    assert not _is_usual(*tensors[:-1], torch.zeros(2, 21, dtype=torch.int32))
-
-
-def test_a_gradient_of_a_gradient_is_refused() -> None:
-    """By name where it would be needed, not silently left out of a sum."""
-    given = arguments()
-    u = given["u"].requires_grad_()
-    (gradient,) = torch.autograd.grad(selective_scan(**given, backend="torch")[0].sum(), u, create_graph=True)
-    with pytest.raises(RuntimeError, match="for gradients of gradients use backend='reference'"):
-        (gradient.square().sum() + u.sum()).backward()
-
-
-@pytest.mark.skipif(not TRITON_INSTALLED, reason="triton is not installed")
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("optional", [False, True])
-def test_the_operator_serves_by_triton(optional: bool, device: str) -> None:
-    given = arguments(1, 5, 2, 2, optional=optional, packed=optional, dtype=torch.float32, device=device)
-    assert_same(results(given, "triton"), results(given, "reference"))
-    tensors = [given.get(name) for name in DIFFERENTIABLE]
-    shapes = torch.library.opcheck(
-        _scan, (*tensors, given.get("seq_idx"), True, 0, "triton"), test_utils="test_faketensor"
-    )
-    assert shapes == {"test_faketensor": "SUCCESS"}
-
-
-def test_backends() -> None:
-    given = arguments(complex_A=True)
-    assert "complex" in _not_in_triton(*(given[name] for name in DIFFERENTIABLE[:5]))
-    with pytest.raises(ValueError, match="backend='triton' cannot serve this call: A is complex"):
-        selective_scan(**given, backend="triton")
-    with use_backend("reference"):
-        out, _ = selective_scan(**given | {"u": given["u"].requires_grad_()})
-    assert "Mul" in type(out.grad_fn).__name__  # plain autograd, not the operator's node
