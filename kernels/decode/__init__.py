@@ -4,3 +4,5 @@ They serve :mod:`mambakit.generation` on CUDA devices alone and have no PyTorch 
 model's ``step``, which is also what their tests compare them with. Letters: B batch, K inputs, R outputs of a linear
 map, D channels, N state size, W convolution width, P rank of the projection to delta.
 """
+
+MAX_COLUMNS = 8192  # inputs of a linear map of few rows, which a program holds whole

@@ -9,8 +9,6 @@ from torch import Tensor
 from mambakit.kernels.decode.triton_kernels import argmax_kernel, embed_kernel, linear_step_kernel, state_step_kernel
 from mambakit.kernels.scan.triton_common import device_guard
 
-MAX_COLUMNS = 8192  # inputs of a linear map, which a program holds whole
-
 
 def embed(ids: Tensor, table: Tensor, out: Tensor) -> None:
     """out (B, K) = table (V, K) at ids (B,), in out's dtype; all contiguous.
@@ -44,7 +42,7 @@ def linear_step(
     """out (B, R) = norm(x) weightᵀ + bias for few rows, rounded to weight's dtype; rows of x and out any way apart.
 
     Args:
-        x: (B, K), B small (each B is compiled for itself), K at most ``MAX_COLUMNS``.
+        x: (B, K), B small (each B is compiled for itself), K at most ``mambakit.kernels.decode.MAX_COLUMNS``.
         weight: (R, K) contiguous.
         bias: (R,) or None.
         out: (B, R), written; with ``add``, added to.

@@ -45,6 +45,13 @@ def generate(
 ) -> Tensor:
     """Continue a batch of prompts.
 
+    On a CUDA device a :class:`mambakit.models.LanguageModel` of Mamba-1 layers generates by replaying CUDA graphs
+    (:mod:`mambakit.generation.graph`): the same equations, rounded where ``step`` rounds, summed in another order, and
+    the same ids from the same seed on every call. The graphs stay with the model for the next call; they see new
+    values of its parameters at the next call, and are captured anew when the parameters have moved.
+    :func:`mambakit.generation.release_graphs` frees them. Any other model, device, or a model with hooks takes plain
+    steps, as do fewer than five new ids.
+
     Args:
         model: a language model, or anything with its ``prefill``, ``step`` and ``train``; it runs in evaluation mode
             and is put back as it was.

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from mambakit.backbone import BackboneState, RMSNorm
 from mambakit.embeddings import TokenEmbedding
 from mambakit.kernels import causal_conv1d_update, dispatch, rms_norm
+from mambakit.kernels.decode import MAX_COLUMNS
 from mambakit.mixers import Mamba1
 from mambakit.models import LanguageModel
 
 VECTOR_ROWS = 4  # up to here each row is multiplied by itself while the weights pass; beyond, a matrix product
-MAX_WIDTH = 8192  # of in_proj's and out_proj's inputs, which the kernels for few rows hold whole
 
 
 class LayerWeights(NamedTuple):
@@ -75,8 +75,8 @@ def obstacle(model: Any, device: torch.device, dtype: torch.dtype) -> str | None
             type(linear) is not nn.Linear for linear in (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
         ):
             return "a projection is not a plain nn.Linear"
-        if mixer.d_inner > MAX_WIDTH:
-            return f"d_inner={mixer.d_inner} is above {MAX_WIDTH}"
+        if max(mixer.d_model, mixer.d_inner) > MAX_COLUMNS:
+            return f"{type(mixer).__name__} is wider than {MAX_COLUMNS}"
         if (mixer.d_inner, mixer.d_state, mixer.dt_rank) != (mixers[0].d_inner, mixers[0].d_state, mixers[0].dt_rank):
             return "the layers have different sizes"
     for name, parameter in model.named_parameters():
