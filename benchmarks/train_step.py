@@ -107,7 +107,7 @@ def check(d_model: int, checkpointing: bool) -> None:
         want.backward()
     assert_close("loss", loss, want, 0.01)
     for (name, parameter), other in zip(model.named_parameters(), exact.parameters(), strict=True):
-        assert_close(name, parameter.grad, other.grad, 0.1)  # a chain of a dozen roundings to 8 bits
+        assert_close(name, parameter.grad, other.grad, 0.03)  # a dozen roundings to 8 bits: about 0.01
 
 
 def _step(model: nn.Module, batch: int, length: int, vocabulary: int) -> Callable[[], Tensor]:
