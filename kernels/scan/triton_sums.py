@@ -17,7 +17,7 @@ WIDTH = 128  # numbers a program adds up
 
 @triton.jit
 def add_rows(
-    partial, out, start, count, rows, apart, N: tl.constexpr, from_l, to_l, ROWS: tl.constexpr, WIDTH: tl.constexpr
+    partial, out, start, count, rows, apart, from_l, to_l, N: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
     """out[e] = sum of ``rows`` partial[e], each ``apart`` elements from the one before, e from ``start`` to ``count``.
 
@@ -31,7 +31,8 @@ def add_rows(
     for first in tl.range(0, rows, ROWS):
         row = first + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & inside[None, :]
-        total += tl.sum(tl.load(source[None, :] + row.to(tl.int64)[:, None] * apart, mask=mask, other=0.0), axis=0)
+        parts = tl.load(source[None, :] + row.to(tl.int64)[:, None] * apart, mask=mask, other=0.0)
+        total += tl.sum(parts.to(tl.float32), axis=0)
     tl.store(out + block * to_l + e % N, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -51,12 +52,12 @@ def add_partials_kernel(
         group = program // pieces
         start = program % pieces * WIDTH
         first = dBC + group.to(tl.int64) * B_tiles * apart
-        add_rows(first, dB + group * N, start, vectors, B_tiles, apart, N, 2 * N, B_groups * N, ROWS, WIDTH)
+        add_rows(first, dB + group * N, start, vectors, B_tiles, apart, 2 * N, B_groups * N, N, ROWS, WIDTH)
     elif program < pieces * (B_groups + C_groups):
         group = program // pieces - B_groups
         start = program % pieces * WIDTH
         first = dBC + group.to(tl.int64) * C_tiles * apart + N
-        add_rows(first, dC + group * N, start, vectors, C_tiles, apart, N, 2 * N, C_groups * N, ROWS, WIDTH)
+        add_rows(first, dC + group * N, start, vectors, C_tiles, apart, 2 * N, C_groups * N, N, ROWS, WIDTH)
     elif program < pieces * (B_groups + C_groups) + A_pieces:
         start = (program - pieces * (B_groups + C_groups)) * WIDTH
         add_rows(dA_partial, dA, start, channels * N, rows, channels * N, N, N, N, ROWS, WIDTH)
@@ -82,7 +83,7 @@ def add_partials(
     """Write the sums, rounded to their tensors' dtypes.
 
     Args:
-        dBC: (tiles, B, L, 2, N) float32, of each tile of channels its part of B's and of C's gradient.
+        dBC: (tiles, B, L, 2, N) float32 or bfloat16, of each tile of channels its part of B's and of C's gradient.
         dA_partial: (rows, D, N) float32; dD_partial, dbias_partial: (rows, D) float32 or None.
         dB, dC: (B, L, N), or (B, L, G, N) for the sums over the tiles of each of G groups; contiguous, as the rest.
         dA: (D, N). dD, dbias: (D,) or None.
@@ -103,7 +104,9 @@ def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], in
     """As ``mambakit.kernels.scan.triton_kernels.compile_examples``."""
     for dtype, absent in (("bf16", ()), ("fp32", ("dD_partial", "dbias_partial", "dD", "dbias"))):
         constants: dict[str, Any] = {"N": 16, "ROWS": ROWS, "WIDTH": WIDTH} | dict.fromkeys(absent)
-        pointers = dict.fromkeys(add_partials_kernel.arg_names[:9], "*fp32") | {"dB": f"*{dtype}", "dC": f"*{dtype}"}
+        pointers = dict.fromkeys(add_partials_kernel.arg_names[:9], "*fp32") | dict.fromkeys(
+            ("dBC", "dB", "dC"), f"*{dtype}"
+        )
         types = pointers | dict.fromkeys(constants, "constexpr")
         yield (
             add_partials_kernel,

@@ -71,8 +71,9 @@ CASES: dict[str, tuple[dict[str, Any], bool, int]] = {
 
 
 @gpu
+@pytest.mark.parametrize("segments", [None, 1])
 @pytest.mark.parametrize("case", list(CASES))
-def test_gradients_match_the_definition_and_repeat_to_the_bit(case: str) -> None:
+def test_gradients_match_the_definition_and_repeat_to_the_bit(case: str, segments: int | None) -> None:
     from mambakit.kernels.scan.gluon_backward import scan_backward
     from mambakit.kernels.scan.gluon_launch import scan_forward
 
@@ -92,8 +93,8 @@ def test_gradients_match_the_definition_and_repeat_to_the_bit(case: str) -> None
     _, _, checkpoints = scan_forward(*given.values(), softplus, direction)
     call = (dout, dfinal, *given.values(), checkpoints, softplus, direction, True)
     with poisoned_memory():
-        *gradients, again = scan_backward(*call)
-    repeated = scan_backward(*call)
+        *gradients, again = scan_backward(*call, segments=segments)
+    repeated = scan_backward(*call, segments=segments)
     assert_close("out", again, out)
     for name, gradient, same in zip(NAMES, gradients, repeated, strict=False):
         if given[name] is None:
@@ -103,26 +104,59 @@ def test_gradients_match_the_definition_and_repeat_to_the_bit(case: str) -> None
             assert torch.equal(gradient, same), f"d{name} differs between two runs"
 
 
+@pytest.mark.parametrize("groups", [(None, None), (2, None), (4, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("optional", [True, False])
+def test_triton_adds_up_partial_gradients(
+    groups: tuple[int | None, int | None], dtype: torch.dtype, optional: bool
+) -> None:
+    from mambakit.kernels.scan.triton_sums import add_partials
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tiles, batch, length, d_state, channels, rows = 20, 2, 13, 8, 24, 19
+    vectors = random_tensor(tiles, batch, length, 2, d_state, seed=1, dtype=dtype, device=device)
+    A_parts = random_tensor(rows, channels, d_state, seed=2, device=device)
+    D_parts, bias_parts = (random_tensor(rows, channels, seed=seed, device=device) for seed in (3, 4))
+
+    with poisoned_memory():
+        dB, dC = (
+            torch.empty((batch, length, *(() if g is None else (g,)), d_state), dtype=dtype, device=device)
+            for g in groups
+        )
+        dA, dD, dbias = (torch.empty(t.shape[1:], device=device) for t in (A_parts, D_parts, bias_parts))
+    given = (D_parts, bias_parts) if optional else (None, None)
+    add_partials(vectors, A_parts, *given, dB, dC, dA, *((dD, dbias) if optional else (None, None)))
+    for name, got, parts, g in (("dB", dB, vectors[:, :, :, 0], groups[0]), ("dC", dC, vectors[:, :, :, 1], groups[1])):
+        grouped = parts.double().unflatten(0, (g or 1, -1)).sum(1).permute(1, 2, 0, 3)
+        assert_close(name, got, grouped.reshape(got.shape))
+    assert_close("dA", dA, A_parts.double().sum(0))
+    if optional:
+        assert_close("dD", dD, D_parts.double().sum(0))
+        assert_close("dbias", dbias, bias_parts.double().sum(0))
+
+
 COMPILE = """
 import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
-from mambakit.kernels.scan.gluon_backward import CONFIGS, scan_backward_kernel as kernel
+from mambakit.kernels.scan.gluon_backward import CONFIGS
+from mambakit.kernels.scan.gluon_backward_kernel import scan_backward_kernel as kernel
 
 OPTIONAL = {"dfinal", "D", "z", "bias", "seq_idx", "products", "ends", "dz", "out", "dD", "dbias", "dinitial"}
 VECTORS = {"A", "D", "bias", "dfinal", "checkpoints", "products", "ends", "dA", "dBC", "dD", "dbias", "dinitial"}
 POINTERS = {"dout", "u", "delta", "B", "C", "du", "ddelta"} | OPTIONAL | VECTORS
-for d_state, full, direction in ((16, True, 2), (16, False, 0), (4, False, 1), (128, False, 0)):
+CALLS = (16, True, 2), (4, False, 1), (8, True, 0), (32, False, 0), (64, True, 1), (128, False, 0)
+for d_state, full, direction in CALLS:
     config = CONFIGS[d_state]
     constants = dict(N=d_state, T=config.steps, CPT=config.channels, SPT=config.states, NW=config.warps, CHUNK=64,
-                     SOFTPLUS=full, DIRECTION=direction, RELOAD=config.reload)
+                     SOFTPLUS=full, DIRECTION=direction)
     signature, values, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants or (name in OPTIONAL and not full):
             signature[name], values[(i,)] = "constexpr", constants.get(name)
         elif name in POINTERS:
-            signature[name] = "*i32" if name == "seq_idx" else "*fp32" if name in VECTORS else "*bf16"
+            signature[name] = "*i32" if name == "seq_idx" else "*fp32" if name in VECTORS - {"dBC"} else "*bf16"
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "i32"
@@ -143,4 +177,4 @@ def test_the_kernel_compiles_for_hopper_and_fits_its_shared_memory(tmp_path: Pat
         [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("compiled") == 4
+    assert run.stdout.count("compiled") == 6
