@@ -7,6 +7,7 @@ registered operator with its one public function. :mod:`mambakit.kernels.dispatc
 
 from mambakit.kernels.conv import causal_conv1d, causal_conv1d_update
 from mambakit.kernels.dispatch import use_backend
+from mambakit.kernels.inner import mamba_inner
 from mambakit.kernels.loss import linear_cross_entropy
 from mambakit.kernels.norm import gated_rms_norm, layer_norm, rms_norm
 from mambakit.kernels.scan import selective_scan, selective_state_update
@@ -19,6 +20,7 @@ __all__ = [
     "gated_rms_norm",
     "layer_norm",
     "linear_cross_entropy",
+    "mamba_inner",
     "rms_norm",
     "selective_scan",
     "selective_state_update",

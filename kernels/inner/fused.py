@@ -88,8 +88,11 @@ def backward(
     u = conv.forward(x, given.conv_weight, given.conv_bias, given.conv_state, given.seq_idx, True, False)
     delta, B, C = _select(given, x_dbl, dt_proj)
     arguments = (u, delta, given.A, B, C, given.D, z, given.dt_bias, given.ssm_state, given.seq_idx, checkpoints)
-    du, ddelta, dA, dB, dC, dD, dz, ddt_bias, dssm_state, *recomputed = scan.scan_backward(
-        dy, dfinal_state, *arguments, True, 0, recompute_out=backend == "triton"
+    # Both halves are written where they belong: putting them together would read and write them once more.
+    dxz = torch.empty(given.xz.shape, dtype=given.xz.dtype, device=given.xz.device)
+    dx, dz = dxz.chunk(2, dim=-1)
+    du, ddelta, dA, dB, dC, dD, _, ddt_bias, dssm_state, *recomputed = scan.scan_backward(
+        dy, dfinal_state, *arguments, True, 0, recompute_out=backend == "triton", dz=dz
     )
     del dy, delta, arguments  # of D numbers a token each, as the next ones below: gone as soon as they have served
     y = _tokens(recomputed.pop()) if recomputed else kept
@@ -103,12 +106,12 @@ def backward(
     dx_proj_weight = _weight_gradient(dx_dbl, _tokens(u), given.x_proj_weight)
     _tokens(du).addmm_(dx_dbl, x_proj)
     del u
-    dx, dconv_weight, dconv_bias, dconv_state = conv.backward(
-        du, x, given.conv_weight, given.conv_bias, given.conv_state, given.seq_idx, True, False
+    _, dconv_weight, dconv_bias, dconv_state = conv.backward(
+        du, x, given.conv_weight, given.conv_bias, given.conv_state, given.seq_idx, True, False, dx=dx
     )
     del du
     return Arguments(
-        xz=torch.cat((dx, dz), dim=-1),
+        xz=dxz,
         conv_weight=dconv_weight,
         conv_bias=dconv_bias,
         x_proj_weight=dx_proj_weight,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -85,19 +86,25 @@ def scan_backward(
     delta_softplus: bool,
     direction: int,
     recompute_out: bool = False,
+    dz: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of ``scan_forward``: for u, delta, A, B, C, D, z, delta_bias and initial_state, None where that is.
 
-    With ``recompute_out`` also its ``out``, from a second forward.
+    With ``recompute_out`` also its ``out``, from a second forward. That of z is put into ``dz`` too, where given.
     """
     arguments = (u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx)
     out = (scan_forward(*arguments, delta_softplus, direction)[0],) if recompute_out else ()
     if direction == HALF:
-        return *_backward_of_halves(dout, dfinal_state, Inputs(*arguments), checkpoints, delta_softplus), *out
+        found = tuple(_backward_of_halves(dout, dfinal_state, Inputs(*arguments), checkpoints, delta_softplus))
+        if dz is not None:
+            dz.copy_(cast(Tensor, found[6]))
+        return *found, *out
     scan = _Scan(u, delta, A, B, C, D, z, delta_bias, seq_idx, delta_softplus, direction == REVERSE)
     given = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
     gradients = scan.backward(dout, dfinal_state, checkpoints, {name: t for name, t in given.items() if t is not None})
     dstate = gradients.pop("initial_state")
+    if dz is not None:
+        dz.copy_(gradients["z"])
     return *map(gradients.get, given), None if initial_state is None else _like(dstate, initial_state), *out
 
 

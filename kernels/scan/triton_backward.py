@@ -246,12 +246,14 @@ def scan_backward(
     delta_softplus: bool,
     direction: int,
     recompute_out: bool = False,
+    dz: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Launch the backward scan and add up its partial sums, in a fixed order: equal inputs give equal bits.
 
     Returns:
         The gradients of u, delta, A, B, C, D, z, delta_bias, initial_state, each with the shape and dtype of its
-        argument, None where that is None; with ``recompute_out`` also ``out``, from a second forward.
+        argument, None where that is None; with ``recompute_out`` also ``out``, from a second forward. That of z is put
+        into ``dz`` too, where given.
     """
     again = (u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus, direction)
     batch, length, channels = u.shape
@@ -266,7 +268,7 @@ def scan_backward(
     def empty(*shape: int, dtype: torch.dtype | None = torch.float32) -> Any:
         return None if dtype is None else torch.empty(shape, dtype=dtype, device=u.device)
 
-    du, ddelta, dz = (empty(batch, length, channels, dtype=dtype) for dtype in dtypes)
+    du, ddelta, gate_gradient = (empty(batch, length, channels, dtype=dtype) for dtype in dtypes)
     dA = empty(batch, d_state, channels)
     dB, dC = (
         empty(batch, d_state, channels) if vector.dim() == 2 else empty(cut.blocks, batch, length, d_state)
@@ -279,7 +281,7 @@ def scan_backward(
         launch(
             scan_backward_kernel, (batch * cut.blocks,),
             dout, states_first(dfinal_state), u, delta, states_first(A), B, C, D, z, delta_bias, seq_idx,
-            checkpoints, scratch, du, ddelta, dz, dA, dB, dC, dD, dbias, dinitial,
+            checkpoints, scratch, du, ddelta, gate_gradient, dA, dB, dC, dD, dbias, dinitial,
             length, channels, channels // cut.groups, cut.blocks_per_group, cut.blocks,
             cut.groups // cut.B_groups, cut.groups // cut.C_groups,
             *row_strides(u), *row_strides(delta), *row_strides(z), *row_strides(dout), row_strides(seq_idx)[0],
@@ -288,6 +290,8 @@ def scan_backward(
             SOFTPLUS=delta_softplus, DIRECTION=direction, CONSTANT_B=B.dim() == 2, CONSTANT_C=C.dim() == 2, CHUNK=CHUNK,
             num_warps=cut.num_warps, num_stages=1,
         )  # fmt: skip
+    if dz is not None:
+        dz.copy_(gate_gradient)
     return (
         du,
         ddelta,
@@ -295,7 +299,7 @@ def scan_backward(
         vector_gradient(dB, B),
         vector_gradient(dC, C),
         None if D is None else dD.sum(0).to(D.dtype),
-        dz,
+        gate_gradient,
         None if delta_bias is None else dbias.sum(0).to(delta_bias.dtype),
         None if initial_state is None else states_last(dinitial, initial_state),
         *((scan_forward(*again)[0],) if recompute_out else ()),
