@@ -10,6 +10,7 @@ numbers of states that are no power of two, other devices, and Triton's interpre
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -57,11 +58,21 @@ def scan_backward(
     return triton_backward.scan_backward(*arguments, **options)
 
 
+# Bytes of shared memory that the Gluon backward takes at most, by the state sizes it serves.
+SHARED_MEMORY = {4: 101376, 8: 121344, 16: 86528, 32: 139520, 64: 112128, 128: 203264}
+
+
 def in_gluon(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> bool:
-    """Whether the Gluon kernels take the call: time-varying B and C, N a power of two from 4 to 128, 32-lane warps."""
-    d_state = A.shape[1]
-    served = B.dim() > 2 and C.dim() > 2 and 4 <= d_state <= 128 and d_state & (d_state - 1) == 0
-    return served and u.is_cuda and torch.version.hip is None and not dispatch.INTERPRETED
+    """Whether the Gluon kernels take the call: B and C vary in time, and an NVIDIA GPU has room for N states."""
+    needed = SHARED_MEMORY.get(A.shape[1])
+    if needed is None or B.dim() == 2 or C.dim() == 2 or dispatch.INTERPRETED or torch.version.hip is not None:
+        return False
+    return u.is_cuda and needed <= _shared_memory(u.device)
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]]:

@@ -1,4 +1,7 @@
-"""The Gluon backward scan: its gradients against the definition in float64 on a GPU; that it compiles, anywhere."""
+"""The Gluon scan: gradients against the definition in float64 on a GPU; that its kernels compile, anywhere.
+
+The forward's outputs on a GPU are compared in test_scan_triton.py, which calls whichever kernels serve.
+"""
 
 from __future__ import annotations
 
@@ -136,45 +139,63 @@ def test_triton_adds_up_partial_gradients(
 
 
 COMPILE = """
-import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from mambakit.kernels.scan.gluon_backward import CONFIGS
-from mambakit.kernels.scan.gluon_backward_kernel import scan_backward_kernel as kernel
+from mambakit.kernels.scan.gluon_backward_kernel import scan_backward_kernel
+from mambakit.kernels.scan.gluon_forward import scan_forward_kernel, segment_states_kernel
+from mambakit.kernels.scan.gluon_launch import LONG, SEGMENTED, SHORT
+from mambakit.kernels.scan.triton_kernels import SHARED_MEMORY
 
-OPTIONAL = {"dfinal", "D", "z", "bias", "seq_idx", "products", "ends", "dz", "out", "dD", "dbias", "dinitial"}
-VECTORS = {"A", "D", "bias", "dfinal", "checkpoints", "products", "ends", "dA", "dBC", "dD", "dbias", "dinitial"}
-POINTERS = {"dout", "u", "delta", "B", "C", "du", "ddelta"} | OPTIONAL | VECTORS
-CALLS = (16, True, 2), (4, False, 1), (8, True, 0), (32, False, 0), (64, True, 1), (128, False, 0)
-for d_state, full, direction in CALLS:
-    config = CONFIGS[d_state]
-    constants = dict(N=d_state, T=config.steps, CPT=config.channels, SPT=config.states, NW=config.warps, CHUNK=64,
-                     SOFTPLUS=full, DIRECTION=direction)
+OPTIONAL = {"dfinal", "D", "z", "bias", "initial", "seq_idx", "dz", "out", "dD", "dbias", "dinitial"}
+SEGMENTS = {"products", "ends"}
+VECTORS = {"A", "D", "bias", "dfinal", "initial", "final", "checkpoints", "dA", "dBC", "dD", "dbias", "dinitial"}
+POINTERS = {"dout", "u", "x", "delta", "B", "C", "V", "out", "du", "ddelta"} | OPTIONAL | SEGMENTS | VECTORS
+
+
+def compile(kernel, arch, config, d_state, full, direction, required=(), **more):
+    constants = dict(N=d_state, T=config.steps, CPT=config.channels, SPT=min(config.states, d_state), NW=config.warps,
+                     CHUNK=64, SOFTPLUS=full, DIRECTION=direction, **more)
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    absent = set() if full else OPTIONAL | SEGMENTS - set(required)
     signature, values, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
-        if name in constants or (name in OPTIONAL and not full):
+        if name in constants or (name in absent and name not in required):
             signature[name], values[(i,)] = "constexpr", constants.get(name)
         elif name in POINTERS:
-            signature[name] = "*i32" if name == "seq_idx" else "*fp32" if name in VECTORS - {"dBC"} else "*bf16"
+            wide = name in (VECTORS | SEGMENTS) - {"dBC"}
+            signature[name] = "*i32" if name == "seq_idx" else "*fp32" if wide else "*bf16"
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "i32"
             attributes[(i,)] = [["tt.divisibility", 16]] if "_" in name else []
     source = GluonASTSource(kernel, signature, values, attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": config.warps})
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": config.warps})
     assert len(binary.asm["cubin"]) > 1000
-    assert binary.metadata.shared <= 227 * 1024, binary.metadata.shared
-    print("compiled", d_state, full, direction)
+    assert binary.metadata.shared <= SHARED_MEMORY[d_state], binary.metadata.shared
+    print("compiled", kernel.__name__, arch, d_state, full, direction)
+
+
+for arch in (80, 90):
+    for config, d_state, full, direction in (
+        (LONG, 16, True, 2), (SHORT, 16, False, 1), (SEGMENTED, 16, True, 0), (SHORT, 4, True, 0), (LONG, 128, True, 1),
+    ):
+        compile(scan_forward_kernel, arch, config, d_state, full, direction, required=("out",))
+        compile(segment_states_kernel, arch, config, d_state, full, direction, required=SEGMENTS, BACKWARD=not full)
+    for d_state, full, direction in (
+        (16, True, 2), (4, False, 1), (8, True, 0), (32, True, 0), (64, True, 1), (128, True, 0),
+    ):
+        compile(scan_backward_kernel, arch, CONFIGS[d_state], d_state, full, direction)
 """
 
 
 @pytest.mark.slow
-def test_the_kernel_compiles_for_hopper_and_fits_its_shared_memory(tmp_path: Path) -> None:
+def test_the_kernels_compile_for_ampere_and_hopper_and_fit_the_memory_they_are_served_by(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)  # an old result must not stand for this one
     run = subprocess.run(
         [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("compiled") == 6
+    assert run.stdout.count("compiled") == 2 * (5 + 5 + 6)
