@@ -109,6 +109,20 @@ def test_a_prompt_read_in_chunks_is_a_prompt_read_at_once(side: str | None, monk
         assert_close("state", one, wanted)
 
 
+def test_a_prompt_that_cannot_be_captured_is_read_by_plain_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graph, "captured", refuse)
+    model, ids = language_model().to(DEVICE), tokens(2, 5)
+    want, _ = model.prefill(ids)
+    reader = graph.PromptReader(model.init_state(2), torch.full_like(want, torch.nan), ids[:, 0])
+    reader.captures = True
+    with pytest.warns(UserWarning, match="not permitted when stream is capturing"):
+        assert_close("logits", reader(model, ids, None, torch.float32), want)
+    assert_close("logits", reader(model, ids, None, torch.float32), want)  # and does not ask again
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

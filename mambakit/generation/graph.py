@@ -9,6 +9,7 @@ Letters: B batch, L prompt length, V vocabulary.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -54,14 +55,13 @@ class PromptReader:
         self.ids = torch.zeros(len(ids), CHUNK, dtype=torch.int64, device=ids.device)
         self.mask = torch.ones(len(ids), CHUNK, dtype=torch.bool, device=ids.device)
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.captures = ids.is_cuda
 
     def __call__(self, model: LanguageModel, prompt_ids: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Logits (B, V) after each row's last real id; prompt_ids and mask as :func:`generate` takes them."""
-        if self.graph is None and self.ids.is_cuda:
-            # Matrices cast ahead of the capture would be read where they no longer are.
-            cast = torch.autocast("cuda", dtype=dtype, enabled=model.lm_head.weight.dtype != dtype, cache_enabled=False)
-            with cast:
-                self.graph = captured(lambda: self.read_chunk(model), self.ids.device)
+        if self.captures and self.graph is None:
+            self.graph = self._capture(model, dtype)
+            self.captures = self.graph is not None
         torch._foreach_zero_(self.state.tensors())
         for start in range(0, prompt_ids.shape[1], CHUNK):
             part = prompt_ids[:, start : start + CHUNK]
@@ -74,6 +74,22 @@ class PromptReader:
             else:
                 self.graph.replay()
         return self.logits
+
+    def _capture(self, model: LanguageModel, dtype: torch.dtype) -> torch.cuda.CUDAGraph | None:
+        # Without the cache of casts: matrices cast before the capture would be read where they no longer are.
+        needed = model.lm_head.weight.dtype != dtype
+        try:
+            with torch.autocast(self.ids.device.type, dtype=dtype, enabled=needed, cache_enabled=False):
+                return captured(lambda: self.read_chunk(model), self.ids.device)
+        except RuntimeError as error:
+            # Reading a prompt passes through all of the model's operators; that one of them refuses, or that memory
+            # is short, must not end a generation that plain launches can make.
+            warnings.warn(
+                f"generate: reading a prompt could not be captured as a CUDA graph ({error}); plain launches read it, "
+                "which takes longer for a short prompt",
+                stacklevel=2,
+            )
+            return None
 
     def read_chunk(self, model: LanguageModel) -> None:
         """Read ``ids`` where ``mask``, after ``state``; a row with nothing to read keeps its logits and its state."""
@@ -158,14 +174,16 @@ def captured(run: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGr
     """``run`` as a graph, after one run of it that compiles and chooses kernels."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device):
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        # Other threads, a data loader's for instance, may go on allocating memory meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            run()
+        before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        stream.wait_stream(before)
+        try:
+            with torch.cuda.stream(stream):  # its end also undoes what a failed capture leaves current
+                run()
+                # Other threads, a data loader's for instance, may go on allocating memory meanwhile.
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    run()
+        finally:
+            before.wait_stream(stream)
     return graph
 
 
