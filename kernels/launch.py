@@ -16,6 +16,8 @@ from torch import Tensor
 # changing lengths would fill memory; emptied at this size, about 10 MB, it fills again with what is in use.
 _compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
 MOST_ENTRIES = 4096
+# How many parameters stand before a kernel's first number: each a tensor or None.
+_pointers: dict[int, int] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -24,11 +26,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     Args:
         kernel: a function under ``triton.jit`` or ``gluon.jit``.
         grid: programs along one to three axes.
-        arguments: tensors, None and numbers for the kernel's first parameters. The first is a tensor.
+        arguments: for the kernel's first parameters, tensors or None, then numbers. The first is a tensor.
         constants: by name all other parameters, which are constexprs, and the compiler's options.
     """
-    described = [(a.dtype, a.data_ptr() % 16 == 0) if isinstance(a, Tensor) else a for a in arguments]
-    key = (id(kernel), arguments[0].get_device(), *described, *constants.items())
+    pointers = _pointers.get(id(kernel))
+    if pointers is None:
+        named = [i for i, argument in enumerate(arguments) if argument is None or isinstance(argument, Tensor)]
+        pointers = _pointers[id(kernel)] = named[-1] + 1
+    described = [a if a is None else (a.dtype, a.data_ptr() % 16 == 0) for a in arguments[:pointers]]
+    key = (id(kernel), arguments[0].get_device(), arguments[pointers:], tuple(constants.items()), *described)
     entry = _compiled.get(key)
     if entry is None:
         form = kernel[grid](*arguments, **constants)

@@ -56,6 +56,11 @@ def autotune() -> Iterator[None]:
         _active = before
 
 
+def is_tuning() -> bool:
+    """Whether an :func:`autotune` block is open: outside one, launch code need not ask for more than its rule."""
+    return _active
+
+
 def choose_config(key: Key, candidates: Sequence[Config], run: Callable[[Config], object]) -> Config:
     """``candidates[0]``, the rule's choice; inside :func:`autotune` the fastest of the first ``MOST_CANDIDATES``.
 

@@ -102,15 +102,6 @@ def scan_backward(
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=u.device)
 
-    du = like(u) if du is None else du
-    dz = like(z) if dz is None else dz
-    ddelta = like(delta)
-    out = like(u) if recompute_out else None
-    dA_partial = empty(batch * segments, channels, d_state)
-    both_bfloat16 = B.dtype == C.dtype == torch.bfloat16
-    dBC = empty(blocks, batch, length, 2, d_state, dtype=torch.bfloat16 if both_bfloat16 else torch.float32)
-    dD_partial, dbias_partial = (None if t is None else empty(batch * segments, channels) for t in (D, delta_bias))
-    dinitial = None if initial_state is None else empty(batch, channels, d_state)
     with device_guard(u):
         products = ends = None
         if segments > 1:
@@ -118,6 +109,16 @@ def scan_backward(
                 dout, delta, A32, C, z, delta_bias, seq_idx, delta_softplus, direction,
                 plan._replace(segments=segments, segment_length=segment_length), plan.C_share, True,
             )  # fmt: skip
+        # Made while the segments' kernel runs: at batch 1 the GPU would wait for them.
+        du = like(u) if du is None else du
+        dz = like(z) if dz is None else dz
+        ddelta = like(delta)
+        out = like(u) if recompute_out else None
+        dA_partial = empty(batch * segments, channels, d_state)
+        both_bfloat16 = B.dtype == C.dtype == torch.bfloat16
+        dBC = empty(blocks, batch, length, 2, d_state, dtype=torch.bfloat16 if both_bfloat16 else torch.float32)
+        dD_partial, dbias_partial = (None if t is None else empty(batch * segments, channels) for t in (D, delta_bias))
+        dinitial = None if initial_state is None else empty(batch, channels, d_state)
         launch(
             scan_backward_kernel, (batch * blocks * segments,),
             dout, dfinal_state, u, delta, A32, B, C, D, z, delta_bias, seq_idx, checkpoints, products, ends,
@@ -139,4 +140,4 @@ def scan_backward(
 
 def like(tensor: Tensor | None) -> Any:
     """An empty contiguous tensor of the same shape and dtype; None for None."""
-    return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return None if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)

@@ -23,7 +23,7 @@ from mambakit.kernels.scan.triton_common import (
     unit_stride,
     vector_strides,
 )
-from mambakit.kernels.tuning import choose_config
+from mambakit.kernels.tuning import choose_config, is_tuning
 
 
 class Config(NamedTuple):
@@ -152,18 +152,18 @@ def scan_forward(
     D, delta_bias, seq_idx = unit_stride(D), unit_stride(delta_bias), unit_stride(seq_idx)
     batch, length, channels = u.shape
     d_state = A.shape[1]
-    out = torch.empty((batch, length, channels), dtype=u.dtype, device=u.device)
-    final = torch.empty((batch, channels, d_state), dtype=torch.float32, device=u.device)
-    chunks = -(-length // CHUNK)
-    checkpoints = torch.empty((batch, chunks, channels * d_state), dtype=torch.float32, device=u.device)
 
-    def run(config: Config | None) -> None:
-        plan = cut(*shape, config)
+    def run(plan: Cut) -> tuple[Tensor, Tensor, Tensor]:
         states = None
         if plan.segments > 1:
             states = segment_states(
                 u, delta, A, B, None, delta_bias, seq_idx, delta_softplus, direction, plan, plan.B_share, False
             )
+        # Made while the segments' kernel runs: at batch 1 the GPU would wait for them.
+        out = torch.empty((batch, length, channels), dtype=u.dtype, device=u.device)
+        final = torch.empty((batch, channels, d_state), dtype=torch.float32, device=u.device)
+        chunks = -(-length // CHUNK)
+        checkpoints = torch.empty((batch, chunks, channels * d_state), dtype=torch.float32, device=u.device)
         config = plan.config
         launch(
             scan_forward_kernel, (batch * plan.blocks * plan.segments,),
@@ -176,15 +176,17 @@ def scan_forward(
             N=d_state, T=config.steps, CPT=config.channels, SPT=config.states, NW=config.warps, CHUNK=CHUNK,
             SOFTPLUS=delta_softplus, DIRECTION=direction, num_warps=config.warps,
         )  # fmt: skip
+        return out, final, checkpoints
 
     half = direction == HALF
     shape = (batch, length, channels, d_state, group_count(B), group_count(C), half, multiprocessors(u.device))
     with device_guard(u):
-        rule = cut(*shape).config
-        others = [config for config in (LONG, SHORT, SEGMENTED) if config != rule]
+        rule = cut(*shape)
+        if not is_tuning():
+            return run(rule)
+        others = [config for config in (LONG, SHORT, SEGMENTED) if config != rule.config]
         key = ("scan_forward", *shape, str(u.dtype), z is not None, direction)
-        run(choose_config(key, [rule, *others], run))
-    return out, final, checkpoints
+        return run(cut(*shape, choose_config(key, [rule.config, *others], lambda config: run(cut(*shape, config)))))
 
 
 def dense_float(tensor: Tensor | None) -> Any:

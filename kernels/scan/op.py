@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mambakit.kernels import checks, dispatch
-from mambakit.kernels.registration import register
+from mambakit.kernels.registration import call, register
 from mambakit.kernels.scan import chunked
 from mambakit.kernels.scan.reference import HALF, direction_of, has_halves, scan_reference, state_dtype
 
@@ -314,9 +314,8 @@ def _differentiate(ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None, _
     *tensors, checkpoints = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(tensors[0])
-    gradients = _scan_backward(
-        dout, dfinal_state, *tensors, checkpoints, ctx.delta_softplus, ctx.direction, ctx.backend
-    )
+    options = (ctx.delta_softplus, ctx.direction, ctx.backend)
+    gradients = call(_scan_backward, dout, dfinal_state, *tensors, checkpoints, *options)
     given = (None if t is None else gradient for t, gradient in zip(tensors, gradients, strict=False))
     return *given, None, None, None, None
 

@@ -91,8 +91,8 @@ def add_partials(
     tiles, batch, length, _, d_state = dBC.shape
     rows, channels, _ = dA_partial.shape
     B_groups, C_groups = (t.shape[2] if t.dim() == 4 else 1 for t in (dB, dC))
-    pieces = triton.cdiv(batch * length * d_state, WIDTH)
-    programs = (B_groups + C_groups) * pieces + triton.cdiv(channels * d_state, WIDTH) + triton.cdiv(channels, WIDTH)
+    pieces = -(-batch * length * d_state // WIDTH)
+    programs = (B_groups + C_groups) * pieces - (-channels * d_state // WIDTH) - (-channels // WIDTH)
     launch(
         add_partials_kernel, (programs,), dBC, dA_partial, dD_partial, dbias_partial, dB, dC, dA, dD, dbias,
         batch * length, channels, B_groups, tiles // B_groups, C_groups, tiles // C_groups, rows,
