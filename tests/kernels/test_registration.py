@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mambakit.kernels.registration import register
+from mambakit.kernels.registration import call, register
 
 calls: list[str] = []
 
@@ -36,8 +36,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _differentiate(ctx: Any, dout: Tensor, dsum: Tensor) -> tuple[Tensor | None, ...]:
     x, y = ctx.saved_tensors
-    dx = backward(dout, torch.ones_like(x) if y is None else y, ctx.factor) + dsum
-    return dx, None if y is None else backward(dout, x, ctx.factor), None
+    dx = call(backward, dout, torch.ones_like(x) if y is None else y, ctx.factor) + dsum
+    return dx, None if y is None else call(backward, dout, x, ctx.factor), None
 
 
 scale = register("test_scale", _scale, _fake_scale, _save, _differentiate)
@@ -98,3 +98,16 @@ def test_without_a_gradient_of_its_own_an_operator_refuses() -> None:
     x = torch.ones(3, requires_grad=True)
     with pytest.raises(RuntimeError, match="mambakit::test_scale_backward has no gradient; .*backend='reference'"):
         backward(x, x, 2.0).sum().backward()
+
+
+def test_a_call_inside_a_backward_goes_past_the_dispatcher_only_unwatched() -> None:
+    x = torch.ones(3)
+    with torch.no_grad(), Watch() as watch:
+        assert torch.equal(call(backward, x, x, 2.0), 2 * x)
+    assert "mambakit.test_scale_backward.default" in watch.seen
+    with torch.no_grad():
+        assert torch.equal(call(backward, x, x, 2.0), 2 * x)
+    with torch.enable_grad():  # a gradient of a gradient is refused, not lost
+        result = call(backward, x.clone().requires_grad_(), x, 2.0)
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        result.sum().backward()
