@@ -127,10 +127,14 @@ def test_ignored_token_may_hold_nan(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_large_logits(backend: str) -> None:
-    """A sum of exponentials that would overflow, and a probability that would underflow."""
+    """A sum of exponentials that would overflow, and a probability that would underflow.
+
+    The kernel works with powers of two, so a logit of 300 may come back wrong in its last place: on a GPU it does.
+    """
     hidden, weight = torch.tensor([[300.0]], device=DEVICE), torch.tensor([[1.0], [-1.0]], device=DEVICE)
     for label, want in ((0, 0.0), (1, 600.0)):
-        assert linear_cross_entropy(hidden, weight, torch.tensor([label], device=DEVICE), backend=backend) == want
+        loss = linear_cross_entropy(hidden, weight, torch.tensor([label], device=DEVICE), backend=backend)
+        assert abs(loss.item() - want) <= 2.0**-14
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -252,7 +256,6 @@ def test_label_out_of_range(backend: str, label: int) -> None:
         ({"label_smoothing": 1.5}, ValueError, "label_smoothing=1.5 is out of range; expected 0 to 1"),
         ({"softcap": 0.0}, ValueError, "softcap=0.0 must be positive"),
         ({"backend": "cuda"}, ValueError, "backend='cuda' is unknown"),
-        ({"hidden": torch.zeros(2, 4).double(), "backend": "triton"}, ValueError, "hidden is float64; use backend="),
     ],
 )
 def test_messages(changes: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -260,3 +263,10 @@ def test_messages(changes: dict[str, Any], error: type[Exception], message: str)
     with pytest.raises(error, match="^linear_cross_entropy: ") as caught:
         linear_cross_entropy(**arguments)
     assert message in str(caught.value)
+
+
+def test_triton_says_what_it_does_not_take() -> None:
+    hidden, weight = torch.zeros(2, 4, dtype=torch.float64, device=DEVICE), torch.zeros(7, 4, device=DEVICE)
+    labels = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match="^linear_cross_entropy: .* hidden is float64; use backend="):
+        linear_cross_entropy(hidden, weight, labels, backend="triton")

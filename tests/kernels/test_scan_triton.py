@@ -82,7 +82,8 @@ def kernels(given: dict[str, Any], dout: Tensor, dfinal: Tensor | None) -> dict[
         *gradients, again = triton_kernels.scan_backward(
             dout, dfinal, **given, checkpoints=checkpoints, recompute_out=True
         )
-    assert torch.equal(again, out) or not torch.isfinite(out).all()
+    finite = torch.isfinite(out)
+    assert_close("out from the backward", again[finite], out[finite])  # on a GPU its sum over states has another order
     assert checkpoints.shape == triton_kernels.checkpoint_shape(*out.shape, final_state.shape[2])
     assert final_state.dtype == checkpoints.dtype == torch.float32
     found = {"out": out, "final_state": final_state}

@@ -87,7 +87,7 @@ def test_the_operator_serves_by_triton(optional: bool, device: str) -> None:
 
 
 def test_backends() -> None:
-    given = scan_arguments(complex_A=True)
+    given = scan_arguments(complex_A=True, device="cuda" if torch.cuda.is_available() else "cpu")
     assert "complex" in _not_in_triton(*(given[name] for name in DIFFERENTIABLE[:5]))
     with pytest.raises(ValueError, match="backend='triton' cannot serve this call: A is complex"):
         selective_scan(**given, backend="triton")
