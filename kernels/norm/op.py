@@ -109,7 +109,7 @@ def gated_rms_norm(
     chosen = choose(name, backend, x, _not_in_triton(group, x, z)).backend
     if chosen == "reference":
         return reference.gated_rms_norm(x, z, weight, eps, norm_before_gate, group)
-    return _gated_rms_norm(x, z, weight, eps, norm_before_gate, group, chosen)[0]
+    return _gated_rms_norm(x, z, weight, float(eps), norm_before_gate, group, chosen)[0]
 
 
 def _norm(
@@ -133,7 +133,7 @@ def _norm(
     if chosen == "reference":
         y, summed = reference.add_norm(x, residual, weight, bias, eps, centered, dtype)
     else:
-        y, summed, _, _ = _add_norm(x, residual, weight, bias, eps, centered, dtype, chosen)
+        y, summed, _, _ = _add_norm(x, residual, weight, bias, float(eps), centered, dtype, chosen)
         if residual is None:  # s is x itself, and an operator may not return its own input
             summed = x.to(dtype)
     return (y, summed) if prenorm else y
