@@ -11,7 +11,7 @@ from torch import Tensor
 from mambakit.kernels.checks import FLOATS, check_device, check_dtype, check_seq_idx, check_shape
 from mambakit.kernels.conv import chunked, reference
 from mambakit.kernels.dispatch import choose
-from mambakit.kernels.registration import register
+from mambakit.kernels.registration import call, register
 
 WIDTHS = (2, 3, 4)
 ACTIVATIONS = (None, "silu", "swish")
@@ -189,7 +189,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     _, _, bias, initial_state, _ = saved = ctx.saved_tensors
-    dx, dweight, dbias, dinitial_state = _conv_backward(dout, *saved, *ctx.options)
+    dx, dweight, dbias, dinitial_state = call(_conv_backward, dout, *saved, *ctx.options)
     absent = (None, None, None, None)  # of seq_idx and the options
     return dx, dweight, None if bias is None else dbias, None if initial_state is None else dinitial_state, *absent
 

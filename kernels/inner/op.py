@@ -10,7 +10,7 @@ from torch import Tensor
 from mambakit.kernels.checks import FLOATS, check_device, check_dtype, check_seq_idx, check_shape
 from mambakit.kernels.dispatch import choose
 from mambakit.kernels.inner import fused, reference
-from mambakit.kernels.registration import register
+from mambakit.kernels.registration import call, register
 
 NAME = "mamba_inner"
 WIDTHS = (2, 3, 4)
@@ -257,7 +257,7 @@ def _gradients(ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None, *_: N
     given = fused.Arguments(*tensors)
     if dout is None:
         dout = given.xz.new_zeros(*given.xz.shape[:2], given.out_proj_weight.shape[0])
-    gradients = _inner_backward(dout, dfinal_state, x_dbl, checkpoints, y, *tensors, ctx.backend)
+    gradients = call(_inner_backward, dout, dfinal_state, x_dbl, checkpoints, y, *tensors, ctx.backend)
     kept = (None if tensor is None else gradient for tensor, gradient in zip(given, gradients, strict=False))
     return *kept, None, None, None
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from mambakit.kernels.checks import FLOATS, check_device, check_dtype, check_shape
 from mambakit.kernels.dispatch import choose
 from mambakit.kernels.loss import chunked, reference
-from mambakit.kernels.registration import register
+from mambakit.kernels.registration import call, register
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -224,7 +224,7 @@ def _gradients(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None,
         dhidden = (dhidden.to(dloss.dtype) * dloss).to(dhidden.dtype)
         dweight, dbias = dweight * dloss, dbias * dloss
     else:
-        dhidden, dweight, dbias = _linear_cross_entropy_backward(dloss, *ctx.saved_tensors, *ctx.options)
+        dhidden, dweight, dbias = call(_linear_cross_entropy_backward, dloss, *ctx.saved_tensors, *ctx.options)
     dbias = None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
     return dhidden, dweight.to(ctx.weight_dtype), None, dbias, None, None, None, None, None, None
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from mambakit.kernels.checks import FLOATS, check_device, check_dtype, check_shape
 from mambakit.kernels.dispatch import choose
 from mambakit.kernels.norm import chunked, reference
-from mambakit.kernels.registration import register
+from mambakit.kernels.registration import call, register
 
 MAX_TRITON_CHANNELS = 8192  # a row is held in registers
 
@@ -279,8 +279,8 @@ def _gradients(ctx: Any, dy: Tensor | None, dsummed: Tensor | None, *_: None) ->
         ds = dsummed
         dx = None if ds is None else ds.to(ctx.x_dtype)
     else:
-        ds, dx, dweight, dbias = _add_norm_backward(
-            dy, dsummed, s, weight, bias, mean, rstd, ctx.centered, ctx.x_dtype, ctx.backend
+        ds, dx, dweight, dbias = call(
+            _add_norm_backward, dy, dsummed, s, weight, bias, mean, rstd, ctx.centered, ctx.x_dtype, ctx.backend
         )
         dx = ds if ctx.x_dtype == s.dtype else dx
     dresidual = None if ds is None or ctx.residual_dtype is None else ds.to(ctx.residual_dtype)
@@ -333,7 +333,7 @@ def _gated_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 
 def _gated_gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dz, dweight = _gated_rms_norm_backward(dy, *ctx.saved_tensors, *ctx.options)
+    dx, dz, dweight = call(_gated_rms_norm_backward, dy, *ctx.saved_tensors, *ctx.options)
     return dx, dz, dweight, None, None, None, None
 
 
