@@ -16,8 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from mambakit.kernels import rms_norm
 from mambakit.mixers.base import RightPadded, SequenceMixer, State, check_sequence
 
-MixerName = Literal["mamba1"]
-MIXER_HOMES = {"mamba1": "mambakit.mixers.mamba1:Mamba1"}
+MixerName = Literal["mamba1", "attention"]
+MIXER_HOMES = {
+    "mamba1": "mambakit.mixers.mamba1:Mamba1",
+    "attention": "mambakit.mixers.attention:Attention",
+}
 
 
 @dataclass

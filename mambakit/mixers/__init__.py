@@ -1,6 +1,7 @@
 """Sequence mixers, one file each, one protocol (:mod:`mambakit.mixers.base`)."""
 
+from mambakit.mixers.attention import Attention, AttentionState
 from mambakit.mixers.base import SequenceMixer, State
 from mambakit.mixers.mamba1 import Mamba1, Mamba1State
 
-__all__ = ["Mamba1", "Mamba1State", "SequenceMixer", "State"]
+__all__ = ["Attention", "AttentionState", "Mamba1", "Mamba1State", "SequenceMixer", "State"]

@@ -9,24 +9,27 @@ import torch
 
 from mambakit import Backbone
 from mambakit.kernels.testing import random_tensor
-from mambakit.mixers import Mamba1
+from mambakit.mixers import Attention, Mamba1
 
 D_MODEL = 8
 
 
 @dataclass(frozen=True)
 class Case:
-    """A sequence model under test; ``tolerance`` is relative RMS in float64 on the CPU, float32 on a GPU."""
+    """A sequence model under test; ``grows``: its state does so with the sequence, as a cache of keys and values."""
 
     name: str
     make: Callable[[int], torch.nn.Module]
     causal: bool = True
+    grows: bool = False
 
 
 CASES = [
     Case("mamba1", partial(Mamba1, d_state=3)),
     Case("mamba1-wide-conv2", partial(Mamba1, d_state=5, d_conv=2, expand=3, dt_rank=2, bias=True)),
     Case("mamba1-no-conv-bias", partial(Mamba1, d_state=1, d_conv=3, conv_bias=False, dt_init="constant")),
+    Case("attention", partial(Attention, n_heads=1), grows=True),
+    Case("attention-window", partial(Attention, n_heads=4, n_kv_heads=2, d_head=3, window=6, bias=True), grows=True),
     Case("backbone-mamba1", partial(Backbone, n_layers=2, mixer=partial(Mamba1, d_state=4))),
 ]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -44,12 +47,13 @@ def device(request):
 
 @dataclass(frozen=True)
 class Bench:
-    """A model under a law with the precision its device computes in."""
+    """A model under a law with the precision its device computes in; ``tolerance`` is relative RMS."""
 
     model: torch.nn.Module
     device: str
     dtype: torch.dtype
     tolerance: float
+    grows: bool
 
     def x(self, batch: int, length: int, seed: int = 0) -> torch.Tensor:
         return random_tensor(batch, length, D_MODEL, seed=seed, dtype=self.dtype, device=self.device)
@@ -67,4 +71,4 @@ def bench(case, device):
                 parameter.add_(3.0)
             elif name.endswith((".bias", "D", "norm.weight")):
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    return Bench(model, device, dtype, tolerance)
+    return Bench(model, device, dtype, tolerance, case.grows)
