@@ -10,6 +10,7 @@ from mambakit.kernels.dispatch import use_backend
 from mambakit.kernels.inner import mamba_inner
 from mambakit.kernels.loss import linear_cross_entropy
 from mambakit.kernels.norm import gated_rms_norm, layer_norm, rms_norm
+from mambakit.kernels.recurrence import linear_scan
 from mambakit.kernels.scan import selective_scan, selective_state_update
 from mambakit.kernels.tuning import autotune
 
@@ -20,6 +21,7 @@ __all__ = [
     "gated_rms_norm",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_scan",
     "mamba_inner",
     "rms_norm",
     "selective_scan",
