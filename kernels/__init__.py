@@ -7,6 +7,7 @@ registered operator with its one public function. :mod:`mambakit.kernels.dispatc
 
 from mambakit.kernels.conv import causal_conv1d, causal_conv1d_update
 from mambakit.kernels.dispatch import use_backend
+from mambakit.kernels.duality import ssd
 from mambakit.kernels.inner import mamba_inner
 from mambakit.kernels.loss import linear_cross_entropy
 from mambakit.kernels.norm import gated_rms_norm, layer_norm, rms_norm
@@ -26,5 +27,6 @@ __all__ = [
     "rms_norm",
     "selective_scan",
     "selective_state_update",
+    "ssd",
     "use_backend",
 ]
