@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mambakit.kernels import rms_norm
 from mambakit.mixers.base import RightPadded, SequenceMixer, State, check_sequence
+from mambakit.mlp import MixtureOfExperts, MLPName, mlp_factory
 
 MixerName = Literal["mamba1", "attention"]
 MIXER_HOMES = {
     "mamba1": "mambakit.mixers.mamba1:Mamba1",
     "attention": "mambakit.mixers.attention:Attention",
 }
+LETTERS = {"a": "attention"}
 
 
 @dataclass
@@ -44,47 +48,79 @@ class RMSNorm(nn.Module):
 
 
 class Layer(nn.Module):
-    """One residual layer: the stream x grows by mixer(norm(x)).
+    """One residual layer: the stream x grows by mixer(norm(x)), then, where there is an MLP, by mlp(norm2(x)).
 
-    The addition is made by the next layer's norm, which reads the sum anyway: a layer takes and gives the pair
-    (last mixer's output, stream before it).
+    The last addition is made by the next layer's norm, which reads the sum anyway: a layer takes and gives the pair
+    (last output, stream before it).
     """
 
-    def __init__(self, mixer: SequenceMixer, d_model: int, norm_eps: float) -> None:
+    def __init__(
+        self, mixer: SequenceMixer, d_model: int, norm_eps: float, mlp: nn.Module | None = None, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.norm = RMSNorm(d_model, norm_eps)
         self.mixer = mixer
+        self.norm2 = None if mlp is None else RMSNorm(d_model, norm_eps)
+        self.mlp = mlp
+        self.dropout = dropout
 
-    def forward(
+    def forward(self, hidden: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Any, Tensor | None]:
+        """(output, stream before it, the mixer's state, the experts' balance) from the pair and what `_grow` takes."""
+        hidden, residual = self.norm(hidden, residual)
+        return self._grow(hidden, residual, *rest)
+
+    def from_stream(self, stream: Tensor, dtype: torch.dtype, *rest: Any) -> tuple[Tensor, Tensor, Any, Tensor | None]:
+        """The same from the sum of the pair, computing in ``dtype``: one tensor to keep, not two."""
+        hidden, _ = self.norm(stream)
+        return self._grow(hidden.to(dtype), stream, *rest)
+
+    def step(self, hidden: Tensor, residual: Tensor | None, state: Any) -> tuple[Tensor, Tensor, Any]:
+        """One element: the pair, each (B, d_model), and the mixer's state."""
+        hidden, residual = self.norm(hidden, residual)
+        hidden, state = self.mixer.step(hidden, state)
+        if self.norm2 is not None:
+            hidden, residual = self.norm2(hidden, residual)
+            hidden, _ = self._mlp(hidden, None)
+        return hidden, residual, state
+
+    def _grow(
         self,
         hidden: Tensor,
-        residual: Tensor | None,
+        residual: Tensor,
         state: Any,
         seq_idx: Tensor | None,
         lengths: Tensor | None,
         return_state: bool,
-    ) -> tuple[Tensor, Tensor, Any]:
-        hidden, residual = self.norm(hidden, residual)
+    ) -> tuple[Tensor, Tensor, Any, Tensor | None]:
+        balance = None
         hidden, state = self.mixer.mix(hidden, state=state, seq_idx=seq_idx, lengths=lengths, return_state=return_state)
-        return hidden, residual, state
+        if self.norm2 is not None:
+            hidden, residual = self.norm2(F.dropout(hidden, self.dropout, self.training), residual)
+            hidden, balance = self._mlp(hidden, lengths)
+        return hidden, residual, state, balance
 
-    def from_stream(self, stream: Tensor, dtype: torch.dtype, *rest: Any) -> tuple[Tensor, Any]:
-        """The mixer's output in ``dtype`` and its state, from the sum of the pair: one tensor to keep, not two."""
-        hidden, _ = self.norm(stream)
-        state, seq_idx, lengths, return_state = rest
-        return self.mixer.mix(
-            hidden.to(dtype), state=state, seq_idx=seq_idx, lengths=lengths, return_state=return_state
-        )
+    def _mlp(self, hidden: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The MLP's output, and the balance where it is a mixture of experts."""
+        if isinstance(self.mlp, MixtureOfExperts):
+            return self.mlp(hidden, lengths)
+        return cast(nn.Module, self.mlp)(hidden), None
 
 
 class Backbone(nn.Module):
-    """A stack of residual layers around any sequence mixer.
+    """A stack of residual layers around any sequence mixer, or around several.
 
     >>> encoder = Backbone(d_model=256, n_layers=8, mixer="mamba1")
     >>> y = encoder(x)  # (batch, length, 256) to (batch, length, 256)
 
-    Parameters are named as in mamba_ssm's ``MixerModel``: ``layers.{i}.mixer.*``, ``layers.{i}.norm.weight``,
-    ``norm_f.weight``, and ``embedding.*`` where an embedding is given.
+    Attention in one layer of eight, an MLP after every mixer, in every second layer a mixture of experts: Jamba
+    (Lieber et al. 2024, arXiv 2403.19887). Attention and SwiGLU alone: the usual Transformer.
+
+    >>> jamba = Backbone(d_model=256, n_layers=8, pattern="mmmmammm", mlp="swiglu", experts="moe")
+    >>> transformer = Backbone(d_model=256, n_layers=8, mixer="attention", mlp="swiglu")
+
+    Parameters are named as in mamba_ssm's ``MixerModel``: ``layers.{i}.mixer.*``, ``layers.{i}.norm.weight``, with
+    an MLP ``layers.{i}.mlp.*`` and ``layers.{i}.norm2.weight``, ``norm_f.weight``, and ``embedding.*`` where an
+    embedding is given.
 
     Args:
         d_model: width of input and output.
@@ -94,6 +130,15 @@ class Backbone(nn.Module):
         norm_eps: epsilon of the norms.
         gradient_checkpointing: recompute each layer in the backward pass instead of keeping what it stored.
         embedding: turns the raw input into (B, L, d_model) first; heads and models set it.
+        pattern: kinds of mixer, a letter a layer, repeated to n_layers: "m" is ``mixer``, "a" attention.
+        letters: further letters of the pattern, or other meanings: mixers as ``mixer`` takes them.
+        mlp: after each mixer, with its own norm and addition: "mlp", "swiglu", "moe" (a mixture of experts), a class,
+            or a callable taking d_model; None for mixers alone.
+        experts: in place of ``mlp`` in every ``experts_every``-th layer; None for ``mlp`` throughout.
+        experts_every: 2 gives experts to the second, fourth, ... layer.
+
+    Raises:
+        ValueError, TypeError: an unknown name or letter, a pattern whose length does not divide n_layers, named.
     """
 
     def __init__(
@@ -105,6 +150,11 @@ class Backbone(nn.Module):
         norm_eps: float = 1e-5,
         gradient_checkpointing: bool = False,
         embedding: nn.Module | None = None,
+        pattern: str | None = None,
+        letters: dict[str, MixerName | Callable[[int], SequenceMixer]] | None = None,
+        mlp: MLPName | Callable[[int], nn.Module] | None = None,
+        experts: MLPName | Callable[[int], nn.Module] | None = None,
+        experts_every: int = 2,
     ) -> None:
         super().__init__()
         if n_layers < 1:
@@ -112,20 +162,25 @@ class Backbone(nn.Module):
         self.d_model = d_model
         self.gradient_checkpointing = gradient_checkpointing
         self.embedding = embedding
-        make_mixer = mixer_factory(mixer)
-        self.layers = nn.ModuleList(Layer(make_mixer(d_model), d_model, norm_eps) for _ in range(n_layers))
+        makers = layer_mixers(n_layers, mixer, pattern, letters or {})
+        mlps = layer_mlps(n_layers, mlp, experts, experts_every)
+        self.layers = nn.ModuleList(
+            Layer(make_mixer(d_model), d_model, norm_eps, None if make_mlp is None else make_mlp(d_model), dropout)
+            for make_mixer, make_mlp in zip(makers, mlps, strict=True)
+        )
         self.norm_f = RMSNorm(d_model, norm_eps)
         self.dropout = nn.Dropout(dropout)
         self._scale_residual_outputs()
 
     @torch.no_grad()
     def _scale_residual_outputs(self) -> None:
-        """The stream is a sum over layers: shrink each addend by sqrt(n_layers) at the start (GPT-2, mamba_ssm)."""
+        """The stream is a sum of n addends: shrink each by sqrt(n) at the start (GPT-2, mamba_ssm)."""
+        addends = sum(1 if layer.mlp is None else 2 for layer in self.layers)
         for name, weight in self.layers.named_parameters():
-            if name.endswith("mixer.out_proj.weight"):
+            if name.endswith(("mixer.out_proj.weight", "fc2.weight")):
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-                weight.div_(math.sqrt(len(self.layers)))
-            elif name.endswith(("in_proj.bias", "out_proj.bias")):
+                weight.div_(math.sqrt(addends))
+            elif name.endswith(("in_proj.bias", "out_proj.bias", "fc1.bias", "fc2.bias")):
                 nn.init.zeros_(weight)
 
     def forward(
@@ -136,6 +191,7 @@ class Backbone(nn.Module):
         seq_idx: Tensor | None = None,
         mask: Tensor | None = None,
         return_state: bool = False,
+        return_balance: bool = False,
     ) -> Any:
         """Map a batch of sequences; arguments and law as of :meth:`SequenceMixer.forward`.
 
@@ -145,46 +201,66 @@ class Backbone(nn.Module):
             seq_idx: (B, L) int32; a change of value begins another sequence.
             mask: (B, L) bool, True at real elements.
             return_state: also return the state after the last real element.
+            return_balance: also return how evenly the experts are used, a scalar to add to a loss with a small
+                weight: the mean over the layers that have experts of what :class:`mambakit.mlp.MixtureOfExperts` gives.
 
         Returns:
-            y (B, L, d_model), or ``(y, state)``.
+            y (B, L, d_model), or a tuple of y and what else was asked for: ``(y, state)``, ``(y, balance)`` or
+            ``(y, state, balance)``.
+
+        Raises:
+            ValueError, TypeError: a wrong shape, dtype or state; ``return_balance`` where no layer has experts.
         """
         if self.embedding is not None:
             x = self.embedding(x)
         check_sequence("Backbone", x, self.d_model, seq_idx, mask)
+        if state is not None:
+            self._check_state(state, x)
         padded = None if mask is None else RightPadded(mask)
         if padded is not None:
             x = padded.pack(x)
             seq_idx = None if seq_idx is None else padded.pack_seq_idx(seq_idx)
         lengths = None if padded is None else padded.lengths
 
-        hidden, residual, states = self.dropout(x), None, []
+        hidden, residual, states, balances = self.dropout(x), None, [], []
         for i, layer in enumerate(self.layers):
             rest = (None if state is None else state.layers[i], seq_idx, lengths, return_state)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 wide = torch.promote_types(hidden.dtype, torch.float32)
                 residual = hidden.to(wide) if residual is None else residual + hidden
                 from_stream = cast(Layer, layer).from_stream
-                hidden, new_state = checkpoint(from_stream, residual, hidden.dtype, *rest, use_reentrant=False)
+                grown = checkpoint(from_stream, residual, hidden.dtype, *rest, use_reentrant=False)
             else:
-                hidden, residual, new_state = layer(hidden, residual, *rest)
+                grown = layer(hidden, residual, *rest)
+            hidden, residual, new_state, balance = grown
             hidden = self.dropout(hidden)
             states.append(new_state)
+            if balance is not None:
+                balances.append(balance)
         y, _ = self.norm_f(hidden, residual)
         if padded is not None:
             y = padded.unpack(y)
-        return (y, BackboneState(tuple(states))) if return_state else y
+        if not (return_state or return_balance):
+            return y
+        if return_balance and not self.has_experts:
+            raise ValueError("Backbone: return_balance=True, but no layer has experts; give mlp='moe' or experts='moe'")
+        asked = (BackboneState(tuple(states)),) if return_state else ()
+        return (y, *asked, torch.stack(balances).mean()) if return_balance else (y, *asked)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer has a mixture of experts, whose balance a training loss should mind."""
+        return any(isinstance(layer.mlp, MixtureOfExperts) for layer in self.layers)
 
     def step(self, x_t: Tensor, state: BackboneState) -> tuple[Tensor, BackboneState]:
         """One element: x_t (B, d_model), or what ``embedding`` takes without the length axis, to (y_t, state).
 
-        Constant time and memory; the given state may be updated in place.
+        Constant time and memory, but for attention; the given state may be updated in place.
         """
         hidden = self.embedding(x_t.unsqueeze(1)).squeeze(1) if self.embedding is not None else x_t
         residual, states = None, []
         for layer, layer_state in zip(self.layers, state.layers, strict=True):
-            hidden, residual = layer.norm(hidden, residual)  # type: ignore[operator]
-            hidden, layer_state = layer.mixer.step(hidden, layer_state)  # type: ignore[union-attr, operator]
+            hidden, residual, layer_state = cast(Layer, layer).step(hidden, residual, layer_state)
             states.append(layer_state)
         y, _ = self.norm_f(hidden, residual)
         return y, BackboneState(tuple(states))
@@ -194,6 +270,81 @@ class Backbone(nn.Module):
         return BackboneState(
             tuple(layer.mixer.init_state(batch_size, device=device, dtype=dtype) for layer in self.layers)  # type: ignore
         )
+
+    def _check_state(self, state: Any, x: Tensor) -> None:
+        """Raise unless ``state`` has a state for each layer, with x's rows, on x's device."""
+        if not isinstance(state, BackboneState):
+            raise TypeError(
+                f"Backbone: state is a {type(state).__name__}, expected the BackboneState of init_state or "
+                "return_state=True"
+            )
+        if len(state.layers) != len(self.layers):
+            raise ValueError(
+                f"Backbone: the state is of {len(state.layers)} layers, expected {len(self.layers)}; make it with "
+                "init_state of this backbone"
+            )
+        for tensor in state.tensors():
+            if len(tensor) != len(x):
+                raise ValueError(
+                    f"Backbone: the state is of batch size {len(tensor)}, x of {len(x)}; make it with "
+                    f"init_state({len(x)}), or choose rows by state.index_select"
+                )
+            if tensor.device != x.device:
+                raise ValueError(
+                    f"Backbone: the state is on {tensor.device}, x on {x.device}; move it by state.to(x.device)"
+                )
+
+
+def layer_mixers(
+    n_layers: int,
+    mixer: str | Callable[[int], SequenceMixer],
+    pattern: str | None,
+    letters: Mapping[str, str | Callable[[int], SequenceMixer]],
+) -> list[Callable[[int], SequenceMixer]]:
+    """What makes each layer's mixer, by pattern and letters as :class:`Backbone` takes them.
+
+    Raises:
+        ValueError: a letter without a meaning, or a pattern whose length does not divide n_layers.
+    """
+    if pattern is None:
+        if letters:
+            raise ValueError(
+                "Backbone: letters are given without a pattern that uses them; give pattern, such as 'mma'"
+            )
+        return [mixer_factory(mixer)] * n_layers
+    if not pattern or n_layers % len(pattern):
+        raise ValueError(
+            f"Backbone: pattern={pattern!r} has {len(pattern)} letters, expected a number that divides "
+            f"n_layers={n_layers}; the pattern is repeated whole"
+        )
+    kinds = {"m": mixer, **LETTERS, **letters}
+    for place, letter in enumerate(pattern):
+        if letter not in kinds:
+            raise ValueError(
+                f"Backbone: pattern={pattern!r} has {letter!r} at place {place}; expected one of "
+                f"{', '.join(sorted(kinds))}, or give its meaning in letters"
+            )
+    return [mixer_factory(kinds[letter]) for letter in pattern] * (n_layers // len(pattern))
+
+
+def layer_mlps(
+    n_layers: int,
+    mlp: str | Callable[[int], nn.Module] | None,
+    experts: str | Callable[[int], nn.Module] | None,
+    experts_every: int,
+) -> list[Callable[[int], nn.Module] | None]:
+    """What makes each layer's MLP, or None: ``experts`` in every ``experts_every``-th layer, ``mlp`` in the others.
+
+    Raises:
+        ValueError: ``experts_every`` below 1, or above n_layers, which no layer reaches.
+    """
+    makers = [None if mlp is None else mlp_factory(mlp)] * n_layers
+    if experts is not None:
+        if not 1 <= experts_every <= n_layers:
+            raise ValueError(f"Backbone: experts_every={experts_every}, expected 1 to n_layers={n_layers}")
+        every = range(experts_every - 1, n_layers, experts_every)
+        makers[experts_every - 1 :: experts_every] = [mlp_factory(experts)] * len(every)
+    return makers
 
 
 def mixer_factory(mixer: str | Callable[[int], SequenceMixer]) -> Callable[[int], SequenceMixer]:
@@ -205,7 +356,9 @@ def mixer_factory(mixer: str | Callable[[int], SequenceMixer]) -> Callable[[int]
     """
     if isinstance(mixer, str):
         if mixer not in MIXER_HOMES:
-            raise ValueError(f"mixer={mixer!r} is unknown; expected one of {', '.join(MIXER_HOMES)}, or a class")
+            near = difflib.get_close_matches(mixer, MIXER_HOMES, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(f"mixer={mixer!r} is unknown{hint}; expected one of {', '.join(MIXER_HOMES)}, or a class")
         module, name = MIXER_HOMES[mixer].split(":")
         return getattr(importlib.import_module(module), name)
     if not callable(mixer):

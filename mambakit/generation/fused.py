@@ -67,6 +67,8 @@ def obstacle(model: Any, device: torch.device, dtype: torch.dtype) -> str | None
             return f"{type(module).__name__} has forward hooks, which a fused step would not call"
     if type(model.backbone.embedding) is not TokenEmbedding:
         return "the embedding is no TokenEmbedding"
+    if any(layer.mlp is not None for layer in model.backbone.layers):
+        return "the layers have MLPs"
     mixers: list[Any] = [layer.mixer for layer in model.backbone.layers]
     for mixer in mixers:
         if type(mixer) is not Mamba1:

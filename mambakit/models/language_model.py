@@ -55,9 +55,17 @@ class LanguageModel(nn.Module):
         seq_idx: Tensor | None = None,
         mask: Tensor | None = None,
         reduction: str = "mean",
+        balance_weight: float = 0.0,
     ) -> Tensor:
-        """Cross-entropy in nats of labels (B, L): labels[:, t] is what follows input_ids[:, t]; -100 is skipped."""
-        return self.lm_head.loss(self.backbone(input_ids, seq_idx=seq_idx, mask=mask), labels, reduction)
+        """Cross-entropy in nats of labels (B, L): labels[:, t] is what follows input_ids[:, t]; -100 is skipped.
+
+        Where the backbone has experts, ``balance_weight`` times how unevenly they are used
+        (:class:`mambakit.mlp.MixtureOfExperts`) is added.
+        """
+        if not (balance_weight and self.backbone.has_experts):
+            return self.lm_head.loss(self.backbone(input_ids, seq_idx=seq_idx, mask=mask), labels, reduction)
+        hidden, balance = self.backbone(input_ids, seq_idx=seq_idx, mask=mask, return_balance=True)
+        return self.lm_head.loss(hidden, labels, reduction) + balance_weight * balance
 
     def prefill(
         self, input_ids: Tensor, *, state: BackboneState | None = None, mask: Tensor | None = None

@@ -50,6 +50,8 @@ class CausalLM(Task):
         backbone: the stack of mixers.
         tie_embeddings: embedding and head share one matrix.
         optim: optimiser and schedule.
+        balance_weight: weight in the training loss of how unevenly a backbone's experts are used, where it has some;
+            ``train/loss`` is logged with it, validation and test go without.
     """
 
     def __init__(
@@ -58,9 +60,11 @@ class CausalLM(Task):
         backbone: Backbone,
         tie_embeddings: bool = True,
         optim: OptimConfig | None = None,
+        balance_weight: float = 0.01,
     ) -> None:
         super().__init__(optim)
         self.save_hyperparameters(ignore=["backbone"])
+        self.balance_weight = balance_weight
         self.model = LanguageModel(vocab_size, backbone, tie_embeddings)
         self.loss_metrics = nn.ModuleDict({"validation": MeanMetric(), "test": MeanMetric()})
         self.byte_metrics = nn.ModuleDict({"validation": BitsPerByte(), "test": BitsPerByte()})
@@ -70,7 +74,7 @@ class CausalLM(Task):
         return self.model(input_ids, **kwargs)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self._loss(batch, "mean")
+        loss = self._loss(batch, "mean", self.balance_weight)
         self.log("train/loss", loss, prog_bar=True, batch_size=batch["labels"].shape[0])
         return loss
 
@@ -90,13 +94,14 @@ class CausalLM(Task):
     def on_test_epoch_end(self) -> None:
         self._report("test")
 
-    def _loss(self, batch: dict[str, Tensor], reduction: str) -> Tensor:
+    def _loss(self, batch: dict[str, Tensor], reduction: str, balance_weight: float = 0.0) -> Tensor:
         return self.model.loss(
             batch["input_ids"],
             batch["labels"],
             seq_idx=batch.get("seq_idx"),
             mask=batch.get("mask"),
             reduction=reduction,
+            balance_weight=balance_weight,
         )
 
     def _measure(self, batch: dict[str, Tensor], stage: str) -> None:

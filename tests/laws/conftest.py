@@ -10,6 +10,7 @@ import torch
 from mambakit import Backbone
 from mambakit.kernels.testing import random_tensor
 from mambakit.mixers import Attention, Mamba1
+from mambakit.mlp import SwiGLU
 
 D_MODEL = 8
 
@@ -30,6 +31,11 @@ CASES = [
     Case("mamba1-no-conv-bias", partial(Mamba1, d_state=1, d_conv=3, conv_bias=False, dt_init="constant")),
     Case("attention", partial(Attention, n_heads=1), grows=True),
     Case("attention-window", partial(Attention, n_heads=4, n_kv_heads=2, d_head=3, window=6, bias=True), grows=True),
+    Case(
+        "backbone-hybrid",
+        partial(Backbone, n_layers=2, pattern="ma", mlp=partial(SwiGLU, d_hidden=5), mixer=partial(Mamba1, d_state=2)),
+        grows=True,
+    ),
     Case("backbone-mamba1", partial(Backbone, n_layers=2, mixer=partial(Mamba1, d_state=4))),
 ]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
