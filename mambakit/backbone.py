@@ -19,9 +19,10 @@ from mambakit.kernels import rms_norm
 from mambakit.mixers.base import RightPadded, SequenceMixer, State, check_sequence
 from mambakit.mlp import MixtureOfExperts, MLPName, mlp_factory
 
-MixerName = Literal["mamba1", "attention"]
+MixerName = Literal["mamba1", "mamba2", "attention"]
 MIXER_HOMES = {
     "mamba1": "mambakit.mixers.mamba1:Mamba1",
+    "mamba2": "mambakit.mixers.mamba2:Mamba2",
     "attention": "mambakit.mixers.attention:Attention",
 }
 LETTERS = {"a": "attention"}

@@ -3,5 +3,6 @@
 from mambakit.mixers.attention import Attention, AttentionState
 from mambakit.mixers.base import SequenceMixer, State
 from mambakit.mixers.mamba1 import Mamba1, Mamba1State
+from mambakit.mixers.mamba2 import Mamba2, Mamba2State
 
-__all__ = ["Attention", "AttentionState", "Mamba1", "Mamba1State", "SequenceMixer", "State"]
+__all__ = ["Attention", "AttentionState", "Mamba1", "Mamba1State", "Mamba2", "Mamba2State", "SequenceMixer", "State"]

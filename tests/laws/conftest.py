@@ -9,7 +9,7 @@ import torch
 
 from mambakit import Backbone
 from mambakit.kernels.testing import random_tensor
-from mambakit.mixers import Attention, Mamba1
+from mambakit.mixers import Attention, Mamba1, Mamba2
 from mambakit.mlp import SwiGLU
 
 D_MODEL = 8
@@ -29,6 +29,15 @@ CASES = [
     Case("mamba1", partial(Mamba1, d_state=3)),
     Case("mamba1-wide-conv2", partial(Mamba1, d_state=5, d_conv=2, expand=3, dt_rank=2, bias=True)),
     Case("mamba1-no-conv-bias", partial(Mamba1, d_state=1, d_conv=3, conv_bias=False, dt_init="constant")),
+    Case("mamba2", partial(Mamba2, d_state=3, headdim=2, chunk_size=4)),
+    Case(
+        "mamba2-groups-limits",
+        partial(Mamba2, d_state=2, d_conv=2, headdim=1, ngroups=2, D_has_hdim=True, dt_limit=(0.05, 2.0), bias=True),
+    ),
+    Case(
+        "mamba2-no-norm-beside-mlp",
+        partial(Mamba2, d_state=2, expand=3, headdim=2, d_ssm=4, rmsnorm=False, conv_bias=False, conv_init=0.5),
+    ),
     Case("attention", partial(Attention, n_heads=1), grows=True),
     Case("attention-window", partial(Attention, n_heads=4, n_kv_heads=2, d_head=3, window=6, bias=True), grows=True),
     Case(
@@ -73,7 +82,7 @@ def bench(case, device):
     model = case.make(D_MODEL).to(device, dtype)
     with torch.no_grad():  # larger steps than at initialisation, so that memory and forgetting both show
         for name, parameter in model.named_parameters():
-            if name.endswith("dt_proj.bias"):
+            if name.endswith(("dt_proj.bias", "dt_bias")):
                 parameter.add_(3.0)
             elif name.endswith((".bias", "D", "norm.weight")):
                 parameter.add_(0.3 * torch.randn_like(parameter))
