@@ -19,13 +19,15 @@ from mambakit.kernels import rms_norm
 from mambakit.mixers.base import RightPadded, SequenceMixer, State, check_sequence
 from mambakit.mlp import MixtureOfExperts, MLPName, mlp_factory
 
-MixerName = Literal["mamba1", "mamba2", "attention"]
+MixerName = Literal["mamba1", "mamba2", "s4d", "dss", "attention"]
 MIXER_HOMES = {
     "mamba1": "mambakit.mixers.mamba1:Mamba1",
     "mamba2": "mambakit.mixers.mamba2:Mamba2",
+    "s4d": "mambakit.mixers.s4d:S4D",
+    "dss": "mambakit.mixers.s4d:DSS",
     "attention": "mambakit.mixers.attention:Attention",
 }
-LETTERS = {"a": "attention"}
+LETTERS = {"a": "attention", "2": "mamba2"}
 
 
 @dataclass
@@ -131,7 +133,8 @@ class Backbone(nn.Module):
         norm_eps: epsilon of the norms.
         gradient_checkpointing: recompute each layer in the backward pass instead of keeping what it stored.
         embedding: turns the raw input into (B, L, d_model) first; heads and models set it.
-        pattern: kinds of mixer, a letter a layer, repeated to n_layers: "m" is ``mixer``, "a" attention.
+        pattern: kinds of mixer, a letter a layer, repeated to n_layers: "m" is ``mixer``, "a" attention,
+            "2" Mamba-2.
         letters: further letters of the pattern, or other meanings: mixers as ``mixer`` takes them.
         mlp: after each mixer, with its own norm and addition: "mlp", "swiglu", "moe" (a mixture of experts), a class,
             or a callable taking d_model; None for mixers alone.

@@ -141,7 +141,12 @@ def test_a_backbone_of_it_learns():
     before, after = losses(lambda d_model: Mamba2(d_model, d_state=8, headdim=4))
     other = losses(lambda d_model: Mamba1(d_model, d_state=8))[1]
     assert after < 0.5 * before and after < 2 * other
+
+
+def test_it_goes_by_a_name_and_a_letter():
     assert isinstance(Backbone(d_model=32, n_layers=1, mixer="mamba2").layers[0].mixer, Mamba2)
+    hybrid = Backbone(d_model=32, n_layers=2, pattern="2m")
+    assert [type(layer.mixer) for layer in hybrid.layers] == [Mamba2, Mamba1]
 
 
 @pytest.mark.parametrize(
