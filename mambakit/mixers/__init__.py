@@ -4,5 +4,18 @@ from mambakit.mixers.attention import Attention, AttentionState
 from mambakit.mixers.base import SequenceMixer, State
 from mambakit.mixers.mamba1 import Mamba1, Mamba1State
 from mambakit.mixers.mamba2 import Mamba2, Mamba2State
+from mambakit.mixers.s4d import DSS, S4D, S4DState
 
-__all__ = ["Attention", "AttentionState", "Mamba1", "Mamba1State", "Mamba2", "Mamba2State", "SequenceMixer", "State"]
+__all__ = [
+    "DSS",
+    "S4D",
+    "Attention",
+    "AttentionState",
+    "Mamba1",
+    "Mamba1State",
+    "Mamba2",
+    "Mamba2State",
+    "S4DState",
+    "SequenceMixer",
+    "State",
+]

@@ -9,7 +9,7 @@ import torch
 
 from mambakit import Backbone
 from mambakit.kernels.testing import random_tensor
-from mambakit.mixers import Attention, Mamba1, Mamba2
+from mambakit.mixers import DSS, S4D, Attention, Mamba1, Mamba2
 from mambakit.mlp import SwiGLU
 
 D_MODEL = 8
@@ -17,12 +17,17 @@ D_MODEL = 8
 
 @dataclass(frozen=True)
 class Case:
-    """A sequence model under test; ``grows``: its state does so with the sequence, as a cache of keys and values."""
+    """A sequence model under test.
+
+    ``grows``: its state does so with the sequence, as a cache of keys and values. ``exact``: no rounding passes
+    between elements that do not concern each other, as an FFT's does.
+    """
 
     name: str
     make: Callable[[int], torch.nn.Module]
     causal: bool = True
     grows: bool = False
+    exact: bool = True
 
 
 CASES = [
@@ -45,6 +50,10 @@ CASES = [
         partial(Backbone, n_layers=2, pattern="ma", mlp=partial(SwiGLU, d_hidden=5), mixer=partial(Mamba1, d_state=2)),
         grows=True,
     ),
+    Case("s4d", partial(S4D, d_state=4, dt_min=0.1, dt_max=1.0), exact=False),
+    Case("s4d-inv-bilinear", partial(S4D, d_state=2, init="inv", discretization="bilinear", rate=8.0), exact=False),
+    Case("s4d-real", partial(S4D, d_state=6, dt_min=0.1, init="real", lr=1e-3), exact=False),
+    Case("dss", partial(DSS, d_state=4, dt_min=0.05), exact=False),
     Case("backbone-mamba1", partial(Backbone, n_layers=2, mixer=partial(Mamba1, d_state=4))),
 ]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -157,7 +157,7 @@ def test_step_has_gradients(bench):
 
 
 def test_causal(bench, case):
-    """What comes later changes nothing before it."""
+    """What comes later changes nothing before it (an FFT's rounding apart)."""
     if not case.causal:
         with torch.no_grad():
             x = bench.x(1, 9)
@@ -167,7 +167,8 @@ def test_causal(bench, case):
         return
     x = bench.x(1, 9).requires_grad_()
     (gradient,) = torch.autograd.grad(bench.model(x)[:, 4].sum(), x)
-    assert bool((gradient[:, 5:] == 0).all()) and bool((gradient[:, :5] != 0).any())
+    allowed = 0.0 if case.exact else bench.tolerance * gradient.abs().max().item()
+    assert gradient[:, 5:].abs().max().item() <= allowed and bool((gradient[:, :5] != 0).any())
 
 
 @torch.no_grad()

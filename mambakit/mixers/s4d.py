@@ -1,0 +1,257 @@
+"""S4D: the diagonal state space mixer of Gu, Gupta, Goel and Ré (2022), arXiv 2206.11893; and DSS, its sibling.
+
+Letters: B batch, L length, D channels (d_model), N state size (d_state), of which N/2 are kept.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambakit.kernels import selective_scan
+from mambakit.mixers.base import SequenceMixer, State
+
+Init = Literal["lin", "inv", "legs", "real"]
+Discretization = Literal["zoh", "bilinear"]
+
+
+@dataclass
+class S4DState(State):
+    """``ssm`` (B, D, N/2, 2): real and imaginary part of one state of each conjugate pair."""
+
+    ssm: Tensor
+
+
+class S4DKernel(nn.Module):
+    """The parameters of D diagonal systems of N states, and the convolution kernels they stand for.
+
+    Named as in the s4 repository: ``log_dt`` (D,), ``log_A_real`` and ``A_imag`` (D, N/2) with
+    A = -exp(log_A_real) + i A_imag, ``C`` (D, N/2, 2) real and imaginary part; B is 1. Arguments as of :class:`S4D`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int,
+        dt_min: float,
+        dt_max: float,
+        init: Init,
+        discretization: Discretization,
+        lr: float | None,
+    ) -> None:
+        super().__init__()
+        self.dt_range, self.init, self.discretization = (dt_min, dt_max), init, discretization
+        pairs = d_state // 2
+        self.log_dt = nn.Parameter(torch.empty(d_model))
+        self.log_A_real = nn.Parameter(torch.empty(d_model, pairs))
+        self.A_imag = nn.Parameter(torch.empty(d_model, pairs))
+        self.C = nn.Parameter(torch.empty(d_model, pairs, 2))
+        for parameter in (self.log_dt, self.log_A_real, self.A_imag):
+            parameter._optim = {"weight_decay": 0.0} | ({} if lr is None else {"lr": lr})  # type: ignore[attr-defined]
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        dt_min, dt_max = self.dt_range
+        A = initial_A(self.init, 2 * self.A_imag.shape[1])
+        self.log_dt.uniform_(math.log(dt_min), math.log(dt_max))
+        self.log_A_real.copy_((-A.real).log().expand_as(self.log_A_real))
+        self.A_imag.copy_(A.imag.expand_as(self.A_imag))
+        self.C.normal_(std=math.sqrt(0.5))  # a complex number of variance 1
+
+    def discretize(self, rate: float) -> tuple[Tensor, Tensor, Tensor]:
+        """log dA, dB and C (D, N/2), complex64 or wider, for the step ``rate * exp(log_dt)``.
+
+        Zero-order hold: dA = exp(dt A), dB = (dA - 1) / A. Bilinear: dA = (1 + dt A / 2) / (1 - dt A / 2),
+        dB = dt / (1 - dt A / 2).
+        """
+        log_dt, log_A_real, A_imag, C = (
+            p.to(torch.promote_types(p.dtype, torch.float32))
+            for p in (self.log_dt, self.log_A_real, self.A_imag, self.C)
+        )
+        dt = rate * log_dt.exp().unsqueeze(1)
+        A = torch.complex(-log_A_real.exp(), A_imag)
+        if self.discretization == "zoh":
+            log_dA, dB = dt * A, torch.expm1(dt * A) / A
+        else:
+            log_dA, dB = 2 * torch.atanh(dt * A / 2), dt / (1 - dt * A / 2)
+        return log_dA, dB, torch.view_as_complex(C)
+
+    def forward(self, length: int, rate: float = 1.0) -> Tensor:
+        """K (D, L): K_t = 2 Re sum_n C_n dA_n^t dB_n, the sum over one of each conjugate pair."""
+        log_dA, dB, C = self.discretize(rate)
+        return power_sums(log_dA, C * dB, length)
+
+
+class S4D(SequenceMixer):
+    """Time-invariant diagonal state space, D systems of N complex states side by side, then GELU and a gated linear.
+
+        h_t = dA h_{t-1} + dB x_t,    y_t = Re(C h_t) + D x_t,    output = GLU(W GELU(y) + b)
+
+    Training convolves with the kernel K_t = Re(C dA^t dB) by FFT, at O(L log L); ``step`` and calls with a state or
+    packed sequences run the recurrence. Parameters carry the names of the s4 repository's minimal ``S4D``
+    (``kernel.*``, ``D``, ``output_linear.0.*``), so its checkpoints load as they are.
+
+    Args:
+        d_model: width of input and output.
+        d_state: N, even: states come in conjugate pairs, of which one is kept.
+        dt_min: smallest step at initialisation (drawn log-uniformly up to ``dt_max``).
+        dt_max: largest step at initialisation.
+        init: A at the start, see :func:`initial_A`.
+        discretization: "zoh" (zero-order hold) or "bilinear".
+        lr: learning rate of the step and of A, where it is to differ from the rest (0.001 in the papers).
+        rate: sampling interval over the one in training: a model trained at 16 kHz hears 8 kHz with 2.0. Set the
+            attribute ``rate`` at any time.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 64,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        init: Init = "lin",
+        discretization: Discretization = "zoh",
+        lr: float | None = None,
+        rate: float = 1.0,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if d_state < 2 or d_state % 2:
+            raise ValueError(f"{name}: d_state={d_state}, expected an even number from 2: states are conjugate pairs")
+        for argument, value, known in (("init", init, Init), ("discretization", discretization, Discretization)):
+            if value not in get_args(known):
+                raise ValueError(f"{name}: {argument}={value!r}, expected one of {', '.join(get_args(known))}")
+        if not (0 < dt_min <= dt_max and rate > 0):
+            raise ValueError(
+                f"{name}: dt_min={dt_min}, dt_max={dt_max}, rate={rate}, expected 0 < dt_min <= dt_max, rate > 0"
+            )
+        self.d_model = d_model
+        self.d_state = d_state
+        self.rate = rate
+        self.D = nn.Parameter(torch.randn(d_model))
+        self.kernel = S4DKernel(d_model, d_state, dt_min, dt_max, init, discretization, lr)
+        # A 1x1 convolution only for the shape of the original's weight.
+        self.output_linear = nn.Sequential(nn.Conv1d(d_model, 2 * d_model, 1))
+
+    def mix(
+        self,
+        x: Tensor,
+        *,
+        state: S4DState | None = None,
+        seq_idx: Tensor | None = None,
+        lengths: Tensor | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, S4DState | None]:
+        with torch.autocast(x.device.type, enabled=False):  # FFTs and powers are taken in float32 at least
+            wide = x.to(self._dtype())
+            if state is None and seq_idx is None and not return_state:
+                y, new_state = fft_convolve(wide, self.kernel(x.shape[1], self.rate)) + self.D * wide, None
+            else:
+                y, new_state = self._recur(wide, state, seq_idx, lengths)
+        return self._mix_channels(y.to(x.dtype)), new_state if return_state else None
+
+    def _recur(
+        self, x: Tensor, state: S4DState | None, seq_idx: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, S4DState]:
+        """The recurrence along x (B, L, D): the selective scan with the same step, 1, at every real element."""
+        log_dA, dB, C = self.kernel.discretize(self.rate)
+        steps = torch.ones_like(x)
+        if lengths is not None:  # a step of 0 leaves the state as it is
+            times = torch.arange(x.shape[1], device=x.device)
+            steps = (times < lengths.unsqueeze(1)).to(x.dtype).unsqueeze(-1).expand_as(x)
+        before = None if state is None else torch.view_as_complex(state.ssm.to(x.dtype))
+        y, last = selective_scan(
+            x, steps, log_dA, dB, C, self.D, initial_state=before, seq_idx=seq_idx, return_final_state=True
+        )
+        return y, S4DState(torch.view_as_real(last))
+
+    def step(self, x_t: Tensor, state: S4DState) -> tuple[Tensor, S4DState]:
+        """One element in constant time; the given state is left as it is."""
+        with torch.autocast(x_t.device.type, enabled=False):
+            wide = x_t.to(self._dtype())
+            log_dA, dB, C = self.kernel.discretize(self.rate)
+            h = log_dA.exp() * torch.view_as_complex(state.ssm.to(wide.dtype)) + dB * wide.unsqueeze(-1)
+            y = 2 * (C * h).real.sum(-1) + self.D * wide
+        return self._mix_channels(y.to(x_t.dtype)), S4DState(torch.view_as_real(h))
+
+    def init_state(self, batch_size: int, *, device: Any = None, dtype: torch.dtype | None = None) -> S4DState:
+        """Zeros, float32 (float64 for a float64 model) whatever ``dtype`` asks for: the state adds up many inputs."""
+        device = self.D.device if device is None else device
+        return S4DState(torch.zeros(batch_size, self.d_model, self.d_state // 2, 2, device=device, dtype=self._dtype()))
+
+    def _mix_channels(self, y: Tensor) -> Tensor:
+        linear = self.output_linear[0]
+        return F.glu(F.linear(F.gelu(y), linear.weight.squeeze(-1), linear.bias), dim=-1)  # type: ignore[operator, arg-type]
+
+    def _dtype(self) -> torch.dtype:
+        return torch.promote_types(self.D.dtype, torch.float32)
+
+
+class DSS(S4D):
+    """Diagonal state spaces in their exponential form, DSS_exp (Gupta, Gu and Berant 2022, arXiv 2203.14343).
+
+    S4D with the eigenvalues of HiPPO-LegS and zero-order hold: S4D's kernel with B = 1 is theirs, proposition 1 (a).
+    The paper's softmax form depends on the length it was trained at, and so has no recurrence; it is not offered.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 64,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        lr: float | None = None,
+        rate: float = 1.0,
+    ) -> None:
+        super().__init__(d_model, d_state, dt_min, dt_max, init="legs", lr=lr, rate=rate)
+
+
+def initial_A(init: Init, d_state: int) -> Tensor:
+    """N/2 eigenvalues with imaginary part from 0 up, complex128 (N/2,); n counts from 0 (S4D, equations 8 and 9).
+
+    "lin": -1/2 + i pi n. "inv": -1/2 + i N/pi (N/(2n+1) - 1). "real": -(n+1). "legs": the eigenvalues of the normal
+    part of HiPPO-LegS, -1/2 + i times those of S, S_nk = sqrt(n + 1/2) sqrt(k + 1/2) for n < k and minus it for n > k.
+    """
+    n = torch.arange(d_state // 2, dtype=torch.float64)
+    if init == "real":
+        return torch.complex(-(n + 1), torch.zeros_like(n))
+    if init == "lin":
+        imaginary = math.pi * n
+    elif init == "inv":
+        imaginary = d_state / math.pi * (d_state / (2 * n + 1) - 1)
+    else:
+        root = (torch.arange(d_state, dtype=torch.float64) + 0.5).sqrt()
+        upper = torch.outer(root, root).triu(1)
+        imaginary = torch.linalg.eigvalsh(torch.complex(torch.zeros_like(upper), upper.T - upper))[d_state // 2 :]
+    return torch.complex(torch.full_like(n, -0.5), imaginary)
+
+
+def power_sums(log_base: Tensor, weight: Tensor, length: int) -> Tensor:
+    """2 Re sum_n w_n exp(t log_base_n) for t from 0 to L-1: complex (D, N), (D, N) to real (D, L).
+
+    With t = S i + j and S about sqrt(L), the powers factor into those of S i and of j: a product of (D, L/S, N) and
+    (D, N, S) matrices, so that neither L N exponentials are taken nor a (D, N, L) tensor is held.
+    """
+    fine = math.isqrt(length - 1) + 1
+    coarse = -(-length // fine)
+    times = torch.arange(max(fine, coarse), dtype=log_base.real.dtype, device=log_base.device)
+    left = weight.unsqueeze(1) * torch.exp((fine * times[:coarse]).unsqueeze(-1) * log_base.unsqueeze(1))
+    right = torch.exp(log_base.unsqueeze(-1) * times[:fine])
+    product = torch.cat((left.real, -left.imag), dim=2) @ torch.cat((right.real, right.imag), dim=1)
+    return 2 * product.flatten(1)[:, :length]
+
+
+def fft_convolve(x: Tensor, kernel: Tensor) -> Tensor:
+    """y_t = sum_k K_k x_{t-k} for each channel: x (B, L, D), kernel (D, L) to (B, L, D), float32 or float64.
+
+    A causal convolution through zero-padded FFTs of length 2 L. Rounding (and a NaN) reaches the whole sequence.
+    """
+    length = x.shape[1]
+    spectrum = torch.fft.rfft(x, n=2 * length, dim=1) * torch.fft.rfft(kernel, n=2 * length).T
+    return torch.fft.irfft(spectrum, n=2 * length, dim=1)[:, :length]

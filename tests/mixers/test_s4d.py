@@ -1,0 +1,173 @@
+"""S4D against the dense system, closed forms and a plain convolution; its two views; another sampling rate."""
+
+import math
+from typing import get_args
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mambakit.kernels.testing import assert_close, random_tensor
+from mambakit.mixers import DSS, S4D
+from mambakit.mixers.s4d import Discretization, Init, fft_convolve, initial_A, power_sums
+from mambakit.optim import parameter_groups
+
+INITS, DISCRETIZATIONS = get_args(Init), get_args(Discretization)
+
+
+def hippo_legs(n: int) -> torch.Tensor:
+    """HiPPO-LegS by its definition (Gu et al. 2020, theorem 2), with the minus sign of the state matrix."""
+    A = torch.zeros(n, n, dtype=torch.float64)
+    for row in range(n):
+        for column in range(row):
+            A[row, column] = -math.sqrt(2 * row + 1) * math.sqrt(2 * column + 1)
+        A[row, row] = -(row + 1)
+    return A
+
+
+def test_legs_is_the_spectrum_of_hippo_plus_rank_one():
+    root = (torch.arange(8, dtype=torch.float64) + 0.5).sqrt()
+    spectrum = torch.linalg.eigvals(hippo_legs(8) + torch.outer(root, root))
+    spectrum = spectrum[spectrum.imag > 0]
+    assert_close("legs", initial_A("legs", 8), spectrum[spectrum.imag.argsort()], 1e-10)
+
+
+def test_the_other_initial_eigenvalues():
+    lin, inv, real = (initial_A(init, 6) for init in ("lin", "inv", "real"))
+    assert_close("lin", lin, torch.tensor([-0.5, -0.5 + math.pi * 1j, -0.5 + 2j * math.pi], dtype=torch.complex128))
+    want = [-0.5 + 6j / math.pi * x for x in (5, 1, 1 / 5)]
+    assert_close("inv", inv, torch.tensor(want, dtype=torch.complex128))
+    assert_close("real", real, torch.tensor([-1, -2, -3], dtype=torch.complex128))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("discretization", DISCRETIZATIONS)
+@pytest.mark.parametrize("init", INITS)
+def test_kernel_is_the_impulse_response_of_the_dense_system(init: str, discretization: str):
+    """Discretised as textbooks do any matrix: the exponential of (A B; 0 0) dt, or Tustin's pair of linear systems."""
+    torch.manual_seed(0)
+    mixer = S4D(3, 6, init=init, discretization=discretization, rate=1.5).double()
+    got, p, length = mixer.kernel(30, mixer.rate), mixer.kernel, 30
+    unit = torch.eye(3, dtype=torch.complex128)
+    for d in range(3):
+        dt = 1.5 * p.log_dt[d].exp()
+        A, B = torch.diag(torch.complex(-p.log_A_real[d].exp(), p.A_imag[d])), torch.ones_like(unit[:, :1])
+        if discretization == "zoh":
+            block = torch.cat((torch.cat((A, B), dim=1), torch.zeros_like(unit[:1, [0, 0, 0, 0]])))
+            dA, dB = torch.linalg.matrix_exp(dt * block)[:3].split([3, 1], dim=1)
+        else:
+            dA = torch.linalg.solve(unit - dt / 2 * A, unit + dt / 2 * A)
+            dB = torch.linalg.solve(unit - dt / 2 * A, dt * B)
+        powers = [torch.linalg.matrix_power(dA, t) @ dB for t in range(length)]
+        want = 2 * (torch.view_as_complex(p.C[d]) @ torch.cat(powers, dim=1)).real
+        assert_close(f"channel {d}", got[d], want, 1e-7)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 48, 49, 50])
+def test_power_sums_are_sums_of_powers(length: int):
+    log_base = random_tensor(2, 3, seed=0, dtype=torch.complex128) / 8
+    weight = random_tensor(2, 3, seed=1, dtype=torch.complex128)
+    t = torch.arange(length, dtype=torch.float64)
+    want = 2 * (weight.unsqueeze(-1) * torch.exp(log_base.unsqueeze(-1) * t)).sum(1).real
+    assert_close("sums", power_sums(log_base, weight, length), want)
+
+
+def test_no_tensor_of_channels_by_states_by_length_is_kept():
+    channels, states, length = 4, 8, 4096
+    log_base = torch.complex(-torch.ones(channels, states), torch.ones(channels, states)).requires_grad_()
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        power_sums(log_base, torch.ones_like(log_base), length)
+    assert sizes and max(sizes) < channels * states * length // 16
+
+
+def test_fft_convolution_is_the_plain_one():
+    x, kernel = random_tensor(2, 21, 3, seed=0, dtype=torch.float64), random_tensor(3, 21, seed=1, dtype=torch.float64)
+    want = F.conv1d(F.pad(x.transpose(1, 2), (20, 0)), kernel.flip(1).unsqueeze(1), groups=3).transpose(1, 2)
+    assert_close("y", fft_convolve(x, kernel), want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("discretization", DISCRETIZATIONS)
+@pytest.mark.parametrize("init", INITS)
+def test_both_views_agree_in_float32(init: str, discretization: str):
+    torch.manual_seed(0)
+    mixer = S4D(4, 16, init=init, discretization=discretization)
+    x = torch.randn(1, 1500, 4)
+    convolved = mixer(x)
+    recurred, state = mixer(x, return_state=True)
+    assert_close("recurrence", recurred, convolved, 1e-4)
+    y_t, _ = mixer.step(x[:, 0], state)
+    want = mixer(torch.cat((x, x[:, :1]), dim=1))[:, -1]
+    assert_close("step", y_t, want, 1e-4)
+
+
+@torch.no_grad()
+def test_half_the_sampling_frequency_is_rate_two():
+    """A signal held over two samples: zero-order hold is exact for it, so every second output is the slow one's."""
+    torch.manual_seed(0)
+    mixer = S4D(4, 8, dt_min=0.01).double()
+    slow = torch.randn(2, 40, 4, dtype=torch.float64)
+    fast = slow.repeat_interleave(2, dim=1)
+    want = mixer(fast)[:, 1::2]
+    mixer.rate = 2.0
+    assert_close("convolution", mixer(slow), want, 1e-9)
+    assert_close("recurrence", mixer(slow, return_state=True)[0], want, 1e-9)
+    assert_close("step", mixer.step(slow[:, 0], mixer.init_state(2))[0], want[:, 0], 1e-9)
+
+
+def test_keys_and_function_are_those_of_the_s4_repository():
+    """Its minimal S4D, written again: channels first, a sum of powers, GELU, a 1x1 convolution and GLU."""
+    torch.manual_seed(0)
+    mixer = S4D(3, 8)
+    weights = mixer.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    assert shapes == {
+        "D": (3,),
+        "kernel.log_dt": (3,),
+        "kernel.log_A_real": (3, 4),
+        "kernel.A_imag": (3, 4),
+        "kernel.C": (3, 4, 2),
+        "output_linear.0.weight": (6, 3, 1),
+        "output_linear.0.bias": (6,),
+    }
+    x = torch.randn(2, 12, 3)
+    dt = weights["kernel.log_dt"].exp().unsqueeze(-1)
+    A = -weights["kernel.log_A_real"].exp() + 1j * weights["kernel.A_imag"]
+    C = torch.view_as_complex(weights["kernel.C"]) * (torch.exp(dt * A) - 1) / A
+    K = 2 * torch.stack([(C * torch.exp(dt * A * t)).sum(-1).real for t in range(12)], dim=1)
+    u = x.transpose(1, 2)
+    y = F.conv1d(F.pad(u, (11, 0)), K.flip(1).unsqueeze(1), groups=3) + weights["D"].unsqueeze(-1) * u
+    y = F.conv1d(F.gelu(y), weights["output_linear.0.weight"], weights["output_linear.0.bias"])
+    assert_close("output", mixer(x), F.glu(y, dim=-2).transpose(1, 2), 1e-5)
+
+
+def test_dss_is_s4d_with_the_spectrum_of_legs():
+    mixer = DSS(2, 4)
+    A = torch.complex(-mixer.kernel.log_A_real.exp(), mixer.kernel.A_imag)
+    assert_close("A", A[1], initial_A("legs", 4), 1e-6)
+    assert mixer.kernel.discretization == "zoh"
+
+
+def test_step_and_eigenvalues_may_learn_at_a_rate_of_their_own():
+    groups = parameter_groups(S4D(4, 8, lr=1e-3), weight_decay=0.1)
+    special = {name for group in groups if group.get("lr") == 1e-3 for name in group["names"]}
+    assert special == {"kernel.log_dt", "kernel.log_A_real", "kernel.A_imag"}
+    assert all("lr" not in group for group in parameter_groups(S4D(4, 8), weight_decay=0.1))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"d_state": 7}, ["S4D", "d_state=7", "even"]),
+        ({"d_state": 0}, ["d_state=0"]),
+        ({"init": "linear"}, ["init='linear'", "lin, inv, legs, real"]),
+        ({"discretization": "euler"}, ["discretization='euler'", "zoh, bilinear"]),
+        ({"dt_min": 0.2}, ["dt_min=0.2", "dt_max=0.1"]),
+        ({"rate": 0.0}, ["rate=0.0"]),
+    ],
+)
+def test_bad_options_are_named(options: dict, words: list[str]):
+    with pytest.raises(ValueError) as error:
+        S4D(4, **options)
+    assert all(word in str(error.value) for word in words), str(error.value)
