@@ -52,7 +52,8 @@ def ssd(
         z: gate (B, L, H, P).
         dt_bias: (H,), added to dt.
         dt_softplus: apply softplus to dt after the bias.
-        chunk_size: steps computed at once, as attention; it decides speed and memory, and not the result.
+        chunk_size: the most steps computed at once, as attention; it decides speed and memory, and not the result.
+            PyTorch takes 64 at most.
         dt_limit: the smallest and largest step, applied last. A step of 0 passes the state unchanged.
         initial_state: (B, H, P, N), the state before the first element; zeros if None.
         seq_idx: (B, L) int32 or int64; where its value changes another sequence begins and the state is cleared, so

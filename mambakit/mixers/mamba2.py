@@ -69,7 +69,7 @@ class Mamba2(SequenceMixer):
         dt_limit: the smallest and largest step there can be.
         bias: in_proj and out_proj have biases.
         conv_bias: the convolution has a bias.
-        chunk_size: steps that ``ssd`` computes at once; no effect on the result.
+        chunk_size: the most steps that ``ssd`` computes at once; no effect on the result.
 
     Raises:
         ValueError: heads or groups that do not come out even, named.
