@@ -19,12 +19,13 @@ from mambakit.kernels import rms_norm
 from mambakit.mixers.base import RightPadded, SequenceMixer, State, check_sequence
 from mambakit.mlp import MixtureOfExperts, MLPName, mlp_factory
 
-MixerName = Literal["mamba1", "mamba2", "s4d", "dss", "attention"]
+MixerName = Literal["mamba1", "mamba2", "s4d", "dss", "s5", "attention"]
 MIXER_HOMES = {
     "mamba1": "mambakit.mixers.mamba1:Mamba1",
     "mamba2": "mambakit.mixers.mamba2:Mamba2",
     "s4d": "mambakit.mixers.s4d:S4D",
     "dss": "mambakit.mixers.s4d:DSS",
+    "s5": "mambakit.mixers.s5:S5",
     "attention": "mambakit.mixers.attention:Attention",
 }
 LETTERS = {"a": "attention", "2": "mamba2"}

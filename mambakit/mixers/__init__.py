@@ -5,10 +5,12 @@ from mambakit.mixers.base import SequenceMixer, State
 from mambakit.mixers.mamba1 import Mamba1, Mamba1State
 from mambakit.mixers.mamba2 import Mamba2, Mamba2State
 from mambakit.mixers.s4d import DSS, S4D, S4DState
+from mambakit.mixers.s5 import S5, S5State
 
 __all__ = [
     "DSS",
     "S4D",
+    "S5",
     "Attention",
     "AttentionState",
     "Mamba1",
@@ -16,6 +18,7 @@ __all__ = [
     "Mamba2",
     "Mamba2State",
     "S4DState",
+    "S5State",
     "SequenceMixer",
     "State",
 ]

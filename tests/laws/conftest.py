@@ -9,7 +9,7 @@ import torch
 
 from mambakit import Backbone
 from mambakit.kernels.testing import random_tensor
-from mambakit.mixers import DSS, S4D, Attention, Mamba1, Mamba2
+from mambakit.mixers import DSS, S4D, S5, Attention, Mamba1, Mamba2
 from mambakit.mlp import SwiGLU
 
 D_MODEL = 8
@@ -54,6 +54,8 @@ CASES = [
     Case("s4d-inv-bilinear", partial(S4D, d_state=2, init="inv", discretization="bilinear", rate=8.0), exact=False),
     Case("s4d-real", partial(S4D, d_state=6, dt_min=0.1, init="real", lr=1e-3), exact=False),
     Case("dss", partial(DSS, d_state=4, dt_min=0.05), exact=False),
+    Case("s5", partial(S5, d_state=4, dt_min=0.1, dt_max=1.0)),
+    Case("s5-blocks", partial(S5, d_state=8, blocks=2, rate=8.0, lr=1e-3)),
     Case("backbone-mamba1", partial(Backbone, n_layers=2, mixer=partial(Mamba1, d_state=4))),
 ]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
