@@ -183,7 +183,7 @@ def test_split_law(cut):
 
 
 def test_a_reset_clears_any_state():
-    """Even one that is not finite: what another sequence left must not come through."""
+    """However large: what another sequence left must not come through."""
     given = arguments(length=12, chunk_size=4)
     given["initial_state"] = torch.full_like(given["initial_state"], 1e30)
     given["seq_idx"] = (torch.arange(12) >= 5).int().expand(2, -1)
