@@ -19,7 +19,7 @@ NAME = "linear_scan"
 def linear_scan(
     a: Tensor, b: Tensor, *, initial_state: Tensor | None = None, reverse: bool = False, backend: str = "auto"
 ) -> Tensor:
-    """Every state of ``h_t = a_t h_{t-1} + b_t``, element by element: S5's parallel scan (arXiv 2208.04933, sec. 2.2).
+    """Every state of ``h_t = a_t h_{t-1} + b_t``, element by element: S5's parallel scan (arXiv 2208.04933).
 
     Nothing is divided, so coefficients of 0 are as good as others: a_t = 0 forgets all before t, which is how packed
     sequences are cut apart.

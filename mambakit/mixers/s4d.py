@@ -196,7 +196,7 @@ class S4D(SequenceMixer):
 class DSS(S4D):
     """Diagonal state spaces in their exponential form, DSS_exp (Gupta, Gu and Berant 2022, arXiv 2203.14343).
 
-    S4D with the eigenvalues of HiPPO-LegS and zero-order hold: S4D's kernel with B = 1 is theirs, proposition 1 (a).
+    S4D with the eigenvalues of HiPPO-LegS and zero-order hold: S4D's kernel with B = 1 is theirs.
     The paper's softmax form depends on the length it was trained at, and so has no recurrence; it is not offered.
     """
 
@@ -213,7 +213,7 @@ class DSS(S4D):
 
 
 def initial_A(init: Init, d_state: int) -> Tensor:
-    """N/2 eigenvalues with imaginary part from 0 up, complex128 (N/2,); n counts from 0 (S4D, equations 8 and 9).
+    """N/2 eigenvalues with imaginary part from 0 up, complex128 (N/2,); n counts from 0.
 
     "lin": -1/2 + i pi n. "inv": -1/2 + i N/pi (N/(2n+1) - 1). "real": -(n+1). "legs": the eigenvalues of the normal
     part of HiPPO-LegS, -1/2 + i times those of S, S_nk = sqrt(n + 1/2) sqrt(k + 1/2) for n < k and minus it for n > k.

@@ -30,8 +30,8 @@ class S5(SequenceMixer):
 
         h_t = dA h_{t-1} + dB x_t,    y_t = Re(C h_t) + D x_t,    output = g * sigmoid(W g + b), g = GELU(y)
 
-    with zero-order hold, dA = exp(dt A) and dB = (dA - 1) / A B, each of the P states with a step of its own (sections
-    3.2 and 3.3). One (P, D) matrix in and one out mix the channels, where S4D has D small systems side by side.
+    with zero-order hold, dA = exp(dt A) and dB = (dA - 1) / A B, each of the P states with a step of its own.
+    One (P, D) matrix in and one out mix the channels, where S4D has D small systems side by side.
 
     Parameters: ``log_dt``, ``log_A_real`` and ``A_imag`` (P/2,) with A = -exp(log_A_real) + i A_imag; ``B`` (P/2, D, 2)
     and ``C`` (D, P/2, 2), real and imaginary part; ``D`` (D,); ``out_gate``, the linear map of the gate.
@@ -39,7 +39,7 @@ class S5(SequenceMixer):
     Args:
         d_model: width of input and output.
         d_state: P, even: states come in conjugate pairs, of which one is kept.
-        blocks: A starts as this many copies of HiPPO-LegS, side by side (section 4.3): P is a multiple of 2 blocks.
+        blocks: A starts as this many copies of HiPPO-LegS, side by side: P is a multiple of 2 blocks.
         dt_min: smallest step at initialisation (drawn log-uniformly up to ``dt_max``).
         dt_max: largest step at initialisation.
         lr: learning rate of the step and of A, where it is to differ from the rest.
