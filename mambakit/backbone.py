@@ -343,13 +343,13 @@ def layer_mlps(
     Raises:
         ValueError: ``experts_every`` below 1, or above n_layers, which no layer reaches.
     """
-    makers = [None if mlp is None else mlp_factory(mlp)] * n_layers
-    if experts is not None:
-        if not 1 <= experts_every <= n_layers:
-            raise ValueError(f"Backbone: experts_every={experts_every}, expected 1 to n_layers={n_layers}")
-        every = range(experts_every - 1, n_layers, experts_every)
-        makers[experts_every - 1 :: experts_every] = [mlp_factory(experts)] * len(every)
-    return makers
+    make_mlp = None if mlp is None else mlp_factory(mlp)
+    if experts is None:
+        return [make_mlp] * n_layers
+    if not 1 <= experts_every <= n_layers:
+        raise ValueError(f"Backbone: experts_every={experts_every}, expected 1 to n_layers={n_layers}")
+    make_experts = mlp_factory(experts)
+    return [make_mlp if (i + 1) % experts_every else make_experts for i in range(n_layers)]
 
 
 def mixer_factory(mixer: str | Callable[[int], SequenceMixer]) -> Callable[[int], SequenceMixer]:

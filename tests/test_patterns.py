@@ -26,6 +26,13 @@ def test_jamba():
     assert [type(layer.mlp) for layer in layers] == [SwiGLU, MixtureOfExperts] * 8
 
 
+def test_experts_where_the_last_layers_do_not_fill_a_period():
+    layers = Backbone(8, 5, mlp="mlp", experts=EXPERTS, experts_every=3).layers
+    assert [type(layer.mlp) for layer in layers] == [MLP, MLP, MixtureOfExperts, MLP, MLP]
+    alone = Backbone(8, 3, experts=EXPERTS).layers
+    assert [layer.norm2 is None for layer in alone] == [True, False, True]
+
+
 def test_parameter_names_are_those_of_mamba_ssm():
     names = dict(Backbone(8, 1, mlp="swiglu").named_parameters())
     assert {"layers.0.norm2.weight", "layers.0.mlp.fc1.weight", "layers.0.mlp.fc2.weight"} < set(names)

@@ -112,3 +112,13 @@ def test_predict_gives_a_loss_for_each_label(tmp_path):
     predicted = trainer(tmp_path).predict(model, loader)
     assert [tuple(p.shape) for p in predicted] == [(1, 12), (2, 12)]
     assert bool((predicted[1][:, :4] == 0).all()) and bool((predicted[1][:, 4:] > 0).all())
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
+def test_only_training_minds_the_balance_of_experts():
+    torch.manual_seed(0)
+    model = CausalLM(7, Backbone(16, 1, mlp="moe"), balance_weight=0.5)
+    (batch,) = batches(1)
+    _, balance = model.model.backbone(batch["input_ids"], return_balance=True)
+    plain = model.predict_step(batch, 0).mean()
+    assert model.training_step(batch, 0).item() == pytest.approx((plain + 0.5 * balance).item(), rel=1e-5)
