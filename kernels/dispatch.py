@@ -51,7 +51,9 @@ def use_backend(name: str) -> Iterator[None]:
         _preferred = before
 
 
-def choose(operator: str, backend: str, tensor: torch.Tensor, not_in_triton: str | None = None) -> Choice:
+def choose(
+    operator: str, backend: str, tensor: torch.Tensor, not_in_triton: str | None = None, *, warn: bool = True
+) -> Choice:
     """The backend for a call of ``operator`` whose main input is ``tensor``.
 
     Args:
@@ -59,6 +61,8 @@ def choose(operator: str, backend: str, tensor: torch.Tensor, not_in_triton: str
         backend: what the caller asked for, one of ``BACKENDS``.
         tensor: its device and dtype decide.
         not_in_triton: why the Triton kernel does not cover this call, or None when it does.
+        warn: say once where CUDA tensors go to ``torch``; False for an operator without kernels, where no caller can
+            change it.
 
     Raises:
         ValueError: an unknown backend, or ``triton`` asked for where it cannot serve.
@@ -75,7 +79,9 @@ def choose(operator: str, backend: str, tensor: torch.Tensor, not_in_triton: str
             raise ValueError(f"{operator}: backend='triton' cannot serve this call: {obstacle}; use backend='auto'")
         return Choice("triton", "asked for")
     if obstacle is not None:
-        if on_cuda:  # one warning for what concerns the whole machine, one for each call an operator cannot take
+        if (
+            on_cuda and warn
+        ):  # one warning for what concerns the whole machine, one for each call an operator cannot take
             warn_once("mambakit's operators" if machine else operator, obstacle)
         return Choice("torch", obstacle)
     if on_cuda:

@@ -76,9 +76,7 @@ def ssd(
     dt_limit = (float(dt_limit[0]), float(dt_limit[1]))
     if not 0.0 <= dt_limit[0] <= dt_limit[1]:
         raise ValueError(f"{NAME}: dt_limit is {dt_limit}, expected 0 <= smallest <= largest")
-    # "auto" is decided here: dispatch would warn on a GPU that it found no kernel, which nobody can change.
-    wanted = dispatch._preferred if backend == "auto" else backend
-    chosen = dispatch.choose(NAME, "torch" if wanted == "auto" else wanted, x, "it has no Triton kernel").backend
+    chosen = dispatch.choose(NAME, backend, x, "it has no Triton kernel", warn=False).backend
     tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
     if chosen == "reference":
         out, final_state = ssd_reference(*tensors, dt_softplus, dt_limit)

@@ -23,16 +23,17 @@ from triton.runtime.jit import constexpr_function
 from mambakit.kernels.scan.gluon_common import (
     LN2,
     LOG2E,
+    direction_of,
     load_keep,
     load_tile,
     plain_shared,
+    position_of,
     row_of,
     sigmoid,
-    softplus,
     state_layout,
+    step_size,
     tile_layout,
 )
-from mambakit.kernels.scan.gluon_forward import direction_of
 from mambakit.kernels.scan.gluon_sums import last_first, over_channels, over_states, stack_last
 
 
@@ -59,10 +60,7 @@ def kept(keeps, t, layout: gl.constexpr):
 @gluon.jit
 def step_tile(delta_tile, u_tile, offset, valid, SOFTPLUS: gl.constexpr):
     """(step sizes, step times input), both 0 worigin a step lies outside the sequence."""
-    dt = delta_tile.to(gl.float32) + gl.expand_dims(offset, 0)
-    if SOFTPLUS:
-        dt = softplus(dt)
-    dt = gl.where(valid, dt, 0.0)
+    dt = step_size(delta_tile, offset, valid, SOFTPLUS)
     return dt, dt * u_tile.to(gl.float32)
 
 
@@ -135,11 +133,7 @@ def scan_backward_kernel(
 
     start = segment * segment_length
     count = gl.minimum(segment_length, length - start)
-    position = start.to(gl.int64)
-    if DIRECTION == 1:
-        position = length - 1 - position
-    if DIRECTION == 2:
-        position = gl.where(direction == 1, position, length - 1 - position)
+    position = position_of(start.to(gl.int64), length, direction, DIRECTION)
 
     u += b * u_b + position * u_l
     delta += b * delta_b + position * delta_l

@@ -87,6 +87,37 @@ def sigmoid(x):
 
 
 @gluon.jit
+def step_size(delta_tile, offset, valid, SOFTPLUS: gl.constexpr):
+    """delta with its bias and softplus; 0 where a step lies outside the segment: it changes no state."""
+    dt = delta_tile.to(gl.float32) + gl.expand_dims(offset, 0)
+    if SOFTPLUS:
+        dt = softplus(dt)
+    return gl.where(valid, dt, 0.0)
+
+
+@gluon.jit
+def direction_of(group, groups, DIRECTION: gl.constexpr):
+    """+1 or -1, the sense in which this program's group of channels walks the sequence."""
+    direction = 1
+    if DIRECTION == 1:
+        direction = -1
+    if DIRECTION == 2:
+        direction = gl.where(2 * group < groups, 1, -1)
+    return direction
+
+
+@gluon.jit
+def position_of(step, length, direction, DIRECTION: gl.constexpr):
+    """Where scan step ``step`` (int64) lies in the sequence."""
+    position = step
+    if DIRECTION == 1:
+        position = length - 1 - step
+    if DIRECTION == 2:
+        position = gl.where(direction == 1, step, length - 1 - step)
+    return position
+
+
+@gluon.jit
 def load_tile(pointer, position, sense, stride, column, mask, T: gl.constexpr, layout: gl.constexpr):
     """[T, columns] of the rows at ``position``, ``position + sense``, ... in the tensor's own dtype; 0 where masked."""
     i = gl.arange(0, T, layout=gl.SliceLayout(1, layout))

@@ -14,14 +14,16 @@ from triton.experimental.gluon import language as gl
 
 from mambakit.kernels.scan.gluon_common import (
     LOG2E,
+    direction_of,
     load_keep,
     load_tile,
     plain_shared,
+    position_of,
     row_of,
     sigmoid,
-    softplus,
     stack,
     state_layout,
+    step_size,
     tile_layout,
 )
 
@@ -44,17 +46,6 @@ def load_step_tiles(
     if C is not None:
         C_tile = load_tile(C, position, sense, C_l, n, inside, T, vectors)
     return u_tile, delta_tile, z_tile, B_tile, C_tile
-
-
-@gluon.jit
-def direction_of(group, groups, DIRECTION: gl.constexpr):
-    """+1 or -1, the sense in which this program's group of channels walks the sequence."""
-    direction = 1
-    if DIRECTION == 1:
-        direction = -1
-    if DIRECTION == 2:
-        direction = gl.where(2 * group < groups, 1, -1)
-    return direction
 
 
 @gluon.jit
@@ -118,11 +109,7 @@ def scan_forward_kernel(
 
     start = segment * segment_length
     count = gl.minimum(segment_length, length - start)
-    position = start.to(gl.int64)
-    if DIRECTION == 1:
-        position = length - 1 - position
-    if DIRECTION == 2:
-        position = gl.where(direction == 1, position, length - 1 - position)
+    position = position_of(start.to(gl.int64), length, direction, DIRECTION)
     checkpoints += (b * ((length + CHUNK - 1) // CHUNK) + start // CHUNK) * row_states
 
     deltas = gl.allocate_shared_memory(gl.float32, [T, BD], plain_shared())
@@ -141,10 +128,7 @@ def scan_forward_kernel(
         u_tile, delta_tile, z_tile, B_tile, C_tile = ahead
         valid = gl.expand_dims(i_rows < count - step, 1) & gl.expand_dims(in_d, 0)
         x = u_tile.to(gl.float32)
-        dt = delta_tile.to(gl.float32) + gl.expand_dims(offset, 0)
-        if SOFTPLUS:
-            dt = softplus(dt)
-        dt = gl.where(valid, dt, 0.0)  # a step past the end has size 0: it changes no state
+        dt = step_size(delta_tile, offset, valid, SOFTPLUS)
         deltas.store(dt)
         inputs.store(dt * x)
         Bs.store(B_tile.to(gl.float32))
@@ -239,11 +223,7 @@ def segment_states_kernel(
         origin += count - 1
         sense = -direction
         first_step = start + count - 1
-    position = origin
-    if DIRECTION == 1:
-        position = length - 1 - origin
-    if DIRECTION == 2:
-        position = gl.where(direction == 1, origin, length - 1 - origin)
+    position = position_of(origin, length, direction, DIRECTION)
 
     deltas = gl.allocate_shared_memory(gl.float32, [T, BD], plain_shared())
     inputs = gl.allocate_shared_memory(gl.float32, [T, BD], plain_shared())
@@ -257,10 +237,7 @@ def segment_states_kernel(
     for step in range(0, count, T):
         x_tile, delta_tile, z_tile, V_tile, _ = ahead
         valid = gl.expand_dims(i_rows < count - step, 1) & gl.expand_dims(in_d, 0)
-        dt = delta_tile.to(gl.float32) + gl.expand_dims(offset, 0)
-        if SOFTPLUS:
-            dt = softplus(dt)
-        dt = gl.where(valid, dt, 0.0)
+        dt = step_size(delta_tile, offset, valid, SOFTPLUS)
         deltas.store(dt)
         value = x_tile.to(gl.float32)
         if BACKWARD:

@@ -174,3 +174,34 @@ def check_sequence(name: str, x: Tensor, d_model: int, seq_idx: Tensor | None, m
             )
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"{name}: mask has dtype {mask.dtype}, expected bool, True at real elements (mask.bool())")
+
+
+def last_inputs(
+    x: Tensor, lengths: Tensor | None, width: int, initial_state: Tensor | None, seq_idx: Tensor | None
+) -> Tensor:
+    """The last ``width`` of the first ``lengths[b]`` inputs of each row, oldest first: (B, D, width) float32 or wider.
+
+    Where a row is shorter, columns of ``initial_state`` (or zeros) come before; inputs of another sequence than the
+    last one count as zeros. Without ``lengths`` a row has all its elements.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if lengths is None:
+        lengths = torch.full((x.shape[0],), x.shape[1], device=x.device)
+    index = lengths.unsqueeze(1) + torch.arange(-width, 0, device=x.device)  # below 0: before the row
+    inside = index.clamp(min=0)
+    tail = _rows(x, inside).to(wide)
+    if initial_state is None:
+        tail = tail.masked_fill((index < 0).unsqueeze(-1), 0)
+    else:
+        before = _rows(initial_state.transpose(1, 2).to(wide), (index + width).clamp(max=width - 1))
+        tail = torch.where((index < 0).unsqueeze(-1), before, tail)
+    if seq_idx is not None:
+        # The initial state belongs to the first sequence of the row, as does a row of no elements.
+        owner = seq_idx.gather(1, inside)
+        tail = tail.masked_fill((owner != owner[:, -1:]).unsqueeze(-1), 0)
+    return tail.transpose(1, 2).contiguous()
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, L, D) at times ``index`` (B, K): (B, K, D)."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))

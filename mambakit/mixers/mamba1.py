@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mambakit.kernels import causal_conv1d_update, selective_state_update
 from mambakit.kernels.inner import mamba_inner
-from mambakit.mixers.base import SequenceMixer, State
+from mambakit.mixers.base import SequenceMixer, State, last_inputs
 
 
 @dataclass
@@ -155,34 +155,3 @@ class Mamba1(SequenceMixer):
     def _A(self) -> Tensor:
         """A (D, N), negative; float32 at least, since exp(delta A) magnifies rounding."""
         return -torch.exp(self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float())
-
-
-def last_inputs(
-    x: Tensor, lengths: Tensor | None, width: int, initial_state: Tensor | None, seq_idx: Tensor | None
-) -> Tensor:
-    """The last ``width`` of the first ``lengths[b]`` inputs of each row, oldest first: (B, D, width) float32 or wider.
-
-    Where a row is shorter, columns of ``initial_state`` (or zeros) come before; inputs of another sequence than the
-    last one count as zeros. Without ``lengths`` a row has all its elements.
-    """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if lengths is None:
-        lengths = torch.full((x.shape[0],), x.shape[1], device=x.device)
-    index = lengths.unsqueeze(1) + torch.arange(-width, 0, device=x.device)  # below 0: before the row
-    inside = index.clamp(min=0)
-    tail = _rows(x, inside).to(wide)
-    if initial_state is None:
-        tail = tail.masked_fill((index < 0).unsqueeze(-1), 0)
-    else:
-        before = _rows(initial_state.transpose(1, 2).to(wide), (index + width).clamp(max=width - 1))
-        tail = torch.where((index < 0).unsqueeze(-1), before, tail)
-    if seq_idx is not None:
-        # The initial state belongs to the first sequence of the row, as does a row of no elements.
-        owner = seq_idx.gather(1, inside)
-        tail = tail.masked_fill((owner != owner[:, -1:]).unsqueeze(-1), 0)
-    return tail.transpose(1, 2).contiguous()
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """x (B, L, D) at times ``index`` (B, K): (B, K, D)."""
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))

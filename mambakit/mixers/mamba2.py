@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from mambakit.kernels import causal_conv1d, causal_conv1d_update, gated_rms_norm, selective_state_update, ssd
 from mambakit.kernels.duality import step_sizes
-from mambakit.mixers.base import SequenceMixer, State
-from mambakit.mixers.mamba1 import last_inputs
+from mambakit.mixers.base import SequenceMixer, State, last_inputs
 
 
 @dataclass
