@@ -73,6 +73,8 @@ def obstacle(model: Any, device: torch.device, dtype: torch.dtype) -> str | None
     for mixer in mixers:
         if type(mixer) is not Mamba1:
             return f"{type(mixer).__name__} is not Mamba1"
+        if mixer.has_norms:
+            return "Mamba1 norms B, C and dt"
         if any(
             type(linear) is not nn.Linear for linear in (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
         ):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,7 @@ class SequenceMixer(nn.Module):
     """
 
     d_model: int
+    causal: ClassVar[bool] = True  # False: an output sees later elements too, so that there is no state and no step
 
     def forward(
         self,
@@ -124,9 +125,10 @@ class SequenceMixer(nn.Module):
         raise TypeError(f"{type(self).__name__} does not define init_state(), which every SequenceMixer must")
 
     def step(self, x_t: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """One element: x_t (B, d_model) to ``(y_t (B, d_model), state)``, in constant time and memory.
+        """One element: x_t (B, d_model) to ``(y_t (B, d_model), state)``.
 
-        The given state may be updated in place; ``state.clone()`` first to keep it.
+        It costs what the state is large: the same at every step for a recurrent mixer, ever more for attention without
+        a window. The given state may be updated in place; ``state.clone()`` first to keep it.
         """
         y, state = self.mix(x_t.unsqueeze(1), state=state, return_state=True)
         return y.squeeze(1), state

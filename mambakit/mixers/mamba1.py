@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambakit.kernels import causal_conv1d_update, selective_state_update
+from mambakit.kernels import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
 from mambakit.kernels.inner import mamba_inner
+from mambakit.kernels.inner.reference import NO_STEP, padding
 from mambakit.mixers.base import SequenceMixer, State, last_inputs
 
 
@@ -23,6 +24,20 @@ class Mamba1State(State):
     ssm: Tensor
 
 
+class InnerRMSNorm(nn.Module):
+    """v / sqrt(mean(v²) + eps) over the last axis, times ``weight`` where it has one; in v's dtype."""
+
+    def __init__(self, width: int, weighted: bool, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width)) if weighted else None
+
+    def forward(self, v: Tensor) -> Tensor:
+        # The weight comes after: torch has no fused norm where input and weight differ in dtype, as under autocast.
+        normed = F.rms_norm(v, v.shape[-1:], None, self.eps)
+        return normed if self.weight is None else normed * self.weight.to(v.dtype)
+
+
 class Mamba1(SequenceMixer):
     """Gated convolution and selective scan.
 
@@ -31,6 +46,11 @@ class Mamba1(SequenceMixer):
         h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t,    y_t = C_t h_t + D x_t,    output = out_proj(y * SiLU(z))
 
     Parameters carry the names and layouts of mamba_ssm's ``Mamba``, so its checkpoints load as they are.
+
+    ``b_c_dt_rms`` divides B, C and dt (before dt_proj), each by its root mean square, as v / sqrt(mean(v²) + eps):
+    "weighted" then multiplies by ``b_layernorm.weight``, ``c_layernorm.weight`` and ``dt_layernorm.weight`` (Jamba,
+    Lieber et al. 2024, arXiv 2403.19887), "unweighted" by nothing (Falcon-Mamba, Zuo et al. 2024, arXiv 2410.05355).
+    The block then runs operator by operator, which keeps more for its backward than the one operator without norms.
 
     Args:
         d_model: width of input and output.
@@ -45,6 +65,8 @@ class Mamba1(SequenceMixer):
         dt_init_floor: lower bound of the initial step.
         conv_bias: the convolution has a bias.
         bias: in_proj and out_proj have biases.
+        b_c_dt_rms: "weighted" or "unweighted" norms of B, C and dt; None for none.
+        b_c_dt_rms_eps: epsilon of those norms.
     """
 
     def __init__(
@@ -61,8 +83,12 @@ class Mamba1(SequenceMixer):
         dt_init_floor: float = 1e-4,
         conv_bias: bool = True,
         bias: bool = False,
+        b_c_dt_rms: Literal["weighted", "unweighted"] | None = None,
+        b_c_dt_rms_eps: float = 1e-6,
     ) -> None:
         super().__init__()
+        if b_c_dt_rms not in (None, "weighted", "unweighted"):
+            raise ValueError(f"Mamba1: b_c_dt_rms={b_c_dt_rms!r}, expected 'weighted', 'unweighted' or None")
         self.d_model = d_model
         self.d_state = d_state
         self.d_conv = d_conv
@@ -78,6 +104,12 @@ class Mamba1(SequenceMixer):
         self.A_log = nn.Parameter(torch.empty(self.d_inner, d_state))
         self.D = nn.Parameter(torch.empty(self.d_inner))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
+        self.has_norms = b_c_dt_rms is not None
+        if self.has_norms:
+            weighted = b_c_dt_rms == "weighted"
+            self.dt_layernorm = InnerRMSNorm(self.dt_rank, weighted, b_c_dt_rms_eps)
+            self.b_layernorm = InnerRMSNorm(d_state, weighted, b_c_dt_rms_eps)
+            self.c_layernorm = InnerRMSNorm(d_state, weighted, b_c_dt_rms_eps)
         for parameter in (self.A_log, self.D, self.dt_proj.bias):
             parameter._no_weight_decay = True  # type: ignore[attr-defined]
         self.dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
@@ -108,25 +140,28 @@ class Mamba1(SequenceMixer):
         return_state: bool = False,
     ) -> tuple[Tensor, Mamba1State | None]:
         xz = self.in_proj(x)
-        y, ssm_state = mamba_inner(
-            xz,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            self.x_proj.weight,
-            self.dt_proj.weight,
-            self._A(),
-            self.D,
-            self.dt_proj.bias,
-            self.out_proj.weight,
-            self.out_proj.bias,
-            conv_state=None if state is None else state.conv,
-            ssm_state=None if state is None else state.ssm,
-            seq_idx=seq_idx,
-            lengths=lengths,
-        )
+        before = None if state is None else state.conv
+        if self.has_norms:
+            y, ssm_state = self._inner(xz, state, seq_idx, lengths)
+        else:
+            y, ssm_state = mamba_inner(
+                xz,
+                self.conv1d.weight.squeeze(1),
+                self.conv1d.bias,
+                self.x_proj.weight,
+                self.dt_proj.weight,
+                self._A(),
+                self.D,
+                self.dt_proj.bias,
+                self.out_proj.weight,
+                self.out_proj.bias,
+                conv_state=before,
+                ssm_state=None if state is None else state.ssm,
+                seq_idx=seq_idx,
+                lengths=lengths,
+            )
         if not return_state:
             return y, None
-        before = None if state is None else state.conv
         return y, Mamba1State(
             last_inputs(xz[..., : self.d_inner], lengths, self.d_conv - 1, before, seq_idx), ssm_state
         )
@@ -147,9 +182,38 @@ class Mamba1(SequenceMixer):
         conv = torch.zeros(batch_size, self.d_inner, self.d_conv - 1, device=device, dtype=dtype or wide)
         return Mamba1State(conv, torch.zeros(batch_size, self.d_inner, self.d_state, device=device, dtype=wide))
 
+    def _inner(
+        self, xz: Tensor, state: Mamba1State | None, seq_idx: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What ``mamba_inner`` does, operator by operator, with the norms: the output and the scan's final state."""
+        x, z = xz.chunk(2, dim=-1)
+        before, ssm_state = (None, None) if state is None else (state.conv, state.ssm)
+        weight = self.conv1d.weight.squeeze(1)
+        x = causal_conv1d(x, weight, self.conv1d.bias, "silu", initial_state=before, seq_idx=seq_idx)
+        delta, B, C = self._select(x)
+        if lengths is not None:
+            delta = delta.masked_fill(padding(delta, lengths), NO_STEP)
+        y, ssm_state = selective_scan(
+            x,
+            delta,
+            self._A(),
+            B,
+            C,
+            self.D,
+            z,
+            self.dt_proj.bias,
+            True,
+            initial_state=ssm_state,
+            seq_idx=seq_idx,
+            return_final_state=True,
+        )
+        return self.out_proj(y), ssm_state
+
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """delta before bias and softplus (..., D), B and C (..., N), each read off x (..., D)."""
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        if self.has_norms:
+            dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
         return F.linear(dt, self.dt_proj.weight), B, C
 
     def _A(self) -> Tensor:

@@ -34,6 +34,8 @@ CASES = [
     Case("mamba1", partial(Mamba1, d_state=3)),
     Case("mamba1-wide-conv2", partial(Mamba1, d_state=5, d_conv=2, expand=3, dt_rank=2, bias=True)),
     Case("mamba1-no-conv-bias", partial(Mamba1, d_state=1, d_conv=3, conv_bias=False, dt_init="constant")),
+    Case("mamba1-norms", partial(Mamba1, d_state=3, b_c_dt_rms="weighted", bias=True)),
+    Case("mamba1-plain-norms", partial(Mamba1, d_state=2, dt_rank=3, b_c_dt_rms="unweighted")),
     Case("mamba2", partial(Mamba2, d_state=3, headdim=2, chunk_size=4)),
     Case(
         "mamba2-groups-limits",
