@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mambakit.kernels.inner.reference import NO_STEP, padding
+from mambakit.kernels.scan.reference import direction_of
 
 
 class Arguments(NamedTuple):
@@ -51,18 +52,18 @@ def implementations(backend: str) -> tuple[ModuleType, ModuleType]:
     return conv, scan
 
 
-def forward(given: Arguments, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(given: Arguments, reverse: bool, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out (B, L, M), the final state (B, D, N), and for the backward x_dbl (T, R + 2N), the checkpoints, and y
     (T, D), empty where the backward computes it again.
     """
     conv, scan = implementations(backend)
     x_proj, dt_proj, out_proj = _projections(given)
     x, z = given.xz.chunk(2, dim=-1)
-    u = conv.forward(x, given.conv_weight, given.conv_bias, given.conv_state, given.seq_idx, True, False)
+    u = conv.forward(x, given.conv_weight, given.conv_bias, given.conv_state, given.seq_idx, True, reverse)
     x_dbl = _tokens(u) @ x_proj.t()
     delta, B, C = _select(given, x_dbl, dt_proj)
     y, final_state, checkpoints = scan.scan_forward(
-        u, delta, given.A, B, C, given.D, z, given.dt_bias, given.ssm_state, given.seq_idx, True, 0
+        u, delta, given.A, B, C, given.D, z, given.dt_bias, given.ssm_state, given.seq_idx, True, direction_of(reverse)
     )
     if given.out_proj_bias is None:
         out = _tokens(y) @ out_proj.t()
@@ -73,7 +74,12 @@ def forward(given: Arguments, backend: str) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def backward(
-    dout: Tensor, dfinal_state: Tensor | None, given: Arguments, saved: tuple[Tensor, Tensor, Tensor], backend: str
+    dout: Tensor,
+    dfinal_state: Tensor | None,
+    given: Arguments,
+    saved: tuple[Tensor, Tensor, Tensor],
+    reverse: bool,
+    backend: str,
 ) -> Arguments:
     """The gradients of ``given``, each with its argument's shape and dtype; None for seq_idx, lengths, and what is
     not given.
@@ -85,14 +91,14 @@ def backward(
     rank = dt_proj.shape[1]
     dout = dout.reshape(-1, dout.shape[-1])
     dy = (dout @ out_proj).view(x.shape)
-    u = conv.forward(x, given.conv_weight, given.conv_bias, given.conv_state, given.seq_idx, True, False)
+    u = conv.forward(x, given.conv_weight, given.conv_bias, given.conv_state, given.seq_idx, True, reverse)
     delta, B, C = _select(given, x_dbl, dt_proj)
     arguments = (u, delta, given.A, B, C, given.D, z, given.dt_bias, given.ssm_state, given.seq_idx, checkpoints)
     # Both halves are written where they belong: putting them together would read and write them once more.
     dxz = torch.empty(given.xz.shape, dtype=given.xz.dtype, device=given.xz.device)
     dx, dz = dxz.chunk(2, dim=-1)
     du, ddelta, dA, dB, dC, dD, _, ddt_bias, dssm_state, *recomputed = scan.scan_backward(
-        dy, dfinal_state, *arguments, True, 0, recompute_out=backend == "triton", dz=dz
+        dy, dfinal_state, *arguments, True, direction_of(reverse), recompute_out=backend == "triton", dz=dz
     )
     del dy, delta, arguments  # of D numbers a token each, as the next ones below: gone as soon as they have served
     y = _tokens(recomputed.pop()) if recomputed else kept
@@ -107,7 +113,7 @@ def backward(
     _tokens(du).addmm_(dx_dbl, x_proj)
     del u
     _, dconv_weight, dconv_bias, dconv_state = conv.backward(
-        du, x, given.conv_weight, given.conv_bias, given.conv_state, given.seq_idx, True, False, dx=dx
+        du, x, given.conv_weight, given.conv_bias, given.conv_state, given.seq_idx, True, reverse, dx=dx
     )
     del du
     return Arguments(

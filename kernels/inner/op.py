@@ -10,6 +10,7 @@ from torch import Tensor
 from mambakit.kernels.checks import FLOATS, check_device, check_dtype, check_seq_idx, check_shape
 from mambakit.kernels.dispatch import choose
 from mambakit.kernels.inner import fused, reference
+from mambakit.kernels.inner.reference import padding
 from mambakit.kernels.registration import call, register
 
 NAME = "mamba_inner"
@@ -32,6 +33,7 @@ def mamba_inner(
     ssm_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
     lengths: Tensor | None = None,
+    reverse: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """What the Mamba-1 block (Gu and Dao 2023, arXiv 2312.00752, section 3.4) does behind its input projection.
@@ -64,6 +66,8 @@ def mamba_inner(
         seq_idx: (B, L) int32 or int64; where its value changes another sequence begins and nothing is carried over.
         lengths: (B,) integers; elements of row b from ``lengths[b]`` on are padding, which changes no state. ``out``
             is finite and means nothing there.
+        reverse: convolve and scan from the last element to the first, from each row's own last one where ``lengths``
+            is given. ``ssm_state`` then enters at the end; ``conv_state`` too, but not beside ``lengths``.
         backend: "auto", "triton", "torch" or "reference"; see ``mambakit.kernels.dispatch``.
 
     Returns:
@@ -91,14 +95,20 @@ def mamba_inner(
         lengths,
     )
     _check(given)
+    if reverse and lengths is not None:
+        if conv_state is not None:
+            raise ValueError(f"{NAME}: conv_state is given with reverse and lengths, expected None beside these two")
+        # The convolution comes from the padding's side here: an input of zero is what lies beyond a row's end.
+        given = given._replace(xz=xz.masked_fill(padding(xz, lengths), 0))
+        xz = given.xz
     device = xz.device.type
     if torch.is_autocast_enabled(device) and xz.dtype != torch.float64:
         given = given._replace(xz=xz.to(torch.get_autocast_dtype(device)))
     chosen = choose(NAME, backend, xz, _not_in_triton(given)).backend
     if chosen == "reference":
         with torch.autocast(device, enabled=False):
-            return reference.mamba_inner(*given)
-    out, final_state, *_ = _inner(*given, chosen)
+            return reference.mamba_inner(*given, reverse)
+    out, final_state, *_ = _inner(*given, reverse, chosen)
     return out, final_state
 
 
@@ -159,6 +169,7 @@ def _forward(
     ssm_state: Tensor | None,
     seq_idx: Tensor | None,
     lengths: Tensor | None,
+    reverse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out, the final state, and what the backward wants kept: x_dbl, checkpoints, y (perhaps empty)."""
@@ -179,11 +190,11 @@ def _forward(
         lengths,
     )
     with torch.autocast(xz.device.type, enabled=False):  # the dtypes here are chosen, not autocast's to change
-        return fused.forward(given, backend)
+        return fused.forward(given, reverse, backend)
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    given, backend = fused.Arguments(*arguments[:-1]), arguments[-1]
+    given, backend = fused.Arguments(*arguments[:-2]), arguments[-1]
     (batch, length, _), (channels, d_state) = given.xz.shape, given.A.shape
     exact = torch.promote_types(torch.promote_types(given.xz.dtype, given.A.dtype), torch.float32)
     checkpoints = fused.implementations(backend)[1].checkpoint_shape(batch, length, channels, d_state)
@@ -216,6 +227,7 @@ def _backward(
     ssm_state: Tensor | None,
     seq_idx: Tensor | None,
     lengths: Tensor | None,
+    reverse: bool,
     backend: str,
 ) -> list[Tensor]:
     """The gradients of xz .. ssm_state; an operator returns tensors alone, so an absent one is empty."""
@@ -236,17 +248,17 @@ def _backward(
         lengths,
     )
     with torch.autocast(xz.device.type, enabled=False):
-        gradients = fused.backward(dout, dfinal_state, given, (x_dbl, checkpoints, y), backend)
+        gradients = fused.backward(dout, dfinal_state, given, (x_dbl, checkpoints, y), reverse, backend)
     return [xz.new_empty(0) if gradient is None else gradient for gradient in gradients[:-2]]
 
 
 def _fake_backward(*arguments: Any) -> list[Tensor]:
-    given = fused.Arguments(*arguments[5:-1])
+    given = fused.Arguments(*arguments[5:-2])
     return [given.xz.new_empty(0) if t is None else t.new_empty(t.shape) for t in given[:-2]]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.backend = inputs
+    *tensors, ctx.reverse, ctx.backend = inputs
     ctx.set_materialize_grads(False)  # no zeros as large as the checkpoints for gradients they never get
     ctx.save_for_backward(*output[2:], *tensors)
     ctx.mark_non_differentiable(*output[2:])
@@ -257,9 +269,9 @@ def _gradients(ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None, *_: N
     given = fused.Arguments(*tensors)
     if dout is None:
         dout = given.xz.new_zeros(*given.xz.shape[:2], given.out_proj_weight.shape[0])
-    gradients = call(_inner_backward, dout, dfinal_state, x_dbl, checkpoints, y, *tensors, ctx.backend)
+    gradients = call(_inner_backward, dout, dfinal_state, x_dbl, checkpoints, y, *tensors, ctx.reverse, ctx.backend)
     kept = (None if tensor is None else gradient for tensor, gradient in zip(given, gradients, strict=False))
-    return *kept, None, None, None
+    return *kept, None, None, None, None
 
 
 _inner = register(NAME, _forward, _fake_forward, _setup_context, _gradients)

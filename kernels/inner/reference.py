@@ -28,10 +28,12 @@ def mamba_inner(
     ssm_state: Tensor | None,
     seq_idx: Tensor | None,
     lengths: Tensor | None,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """out (B, L, d_model) and the final state (B, D, N)."""
     x, z = xz.chunk(2, dim=-1)
-    u = causal_conv1d(x, conv_weight, conv_bias, "silu", initial_state=conv_state, seq_idx=seq_idx, backend="reference")
+    options = {"seq_idx": seq_idx, "reverse": reverse, "backend": "reference"}
+    u = causal_conv1d(x, conv_weight, conv_bias, "silu", initial_state=conv_state, **options)
     d_state = A.shape[1]
     dt, B, C = F.linear(u, x_proj_weight.to(u.dtype)).split([dt_proj_weight.shape[1], d_state, d_state], dim=-1)
     delta = F.linear(dt, dt_proj_weight.to(u.dtype))
@@ -48,9 +50,8 @@ def mamba_inner(
         dt_bias,
         True,
         initial_state=ssm_state,
-        seq_idx=seq_idx,
         return_final_state=True,
-        backend="reference",
+        **options,
     )
     bias = None if out_proj_bias is None else out_proj_bias.to(y.dtype)
     return F.linear(y, out_proj_weight.to(y.dtype), bias), final_state

@@ -138,11 +138,15 @@ class Mamba1(SequenceMixer):
         seq_idx: Tensor | None = None,
         lengths: Tensor | None = None,
         return_state: bool = False,
+        reverse: bool = False,
     ) -> tuple[Tensor, Mamba1State | None]:
+        """As of every mixer. ``reverse``: from each row's last element to its first, and then without a state."""
+        if reverse and (state is not None or return_state):
+            raise ValueError("Mamba1: a state is asked for with reverse=True, expected neither state nor return_state")
         xz = self.in_proj(x)
         before = None if state is None else state.conv
         if self.has_norms:
-            y, ssm_state = self._inner(xz, state, seq_idx, lengths)
+            y, ssm_state = self._inner(xz, state, seq_idx, lengths, reverse)
         else:
             y, ssm_state = mamba_inner(
                 xz,
@@ -159,6 +163,7 @@ class Mamba1(SequenceMixer):
                 ssm_state=None if state is None else state.ssm,
                 seq_idx=seq_idx,
                 lengths=lengths,
+                reverse=reverse,
             )
         if not return_state:
             return y, None
@@ -183,13 +188,21 @@ class Mamba1(SequenceMixer):
         return Mamba1State(conv, torch.zeros(batch_size, self.d_inner, self.d_state, device=device, dtype=wide))
 
     def _inner(
-        self, xz: Tensor, state: Mamba1State | None, seq_idx: Tensor | None, lengths: Tensor | None
+        self,
+        xz: Tensor,
+        state: Mamba1State | None,
+        seq_idx: Tensor | None,
+        lengths: Tensor | None,
+        reverse: bool,
     ) -> tuple[Tensor, Tensor]:
         """What ``mamba_inner`` does, operator by operator, with the norms: the output and the scan's final state."""
+        if reverse and lengths is not None:
+            xz = xz.masked_fill(padding(xz, lengths), 0)  # what the convolution finds beyond a row's end
         x, z = xz.chunk(2, dim=-1)
         before, ssm_state = (None, None) if state is None else (state.conv, state.ssm)
         weight = self.conv1d.weight.squeeze(1)
-        x = causal_conv1d(x, weight, self.conv1d.bias, "silu", initial_state=before, seq_idx=seq_idx)
+        options: dict[str, Any] = {"seq_idx": seq_idx, "reverse": reverse}
+        x = causal_conv1d(x, weight, self.conv1d.bias, "silu", initial_state=before, **options)
         delta, B, C = self._select(x)
         if lengths is not None:
             delta = delta.masked_fill(padding(delta, lengths), NO_STEP)
@@ -204,8 +217,8 @@ class Mamba1(SequenceMixer):
             self.dt_proj.bias,
             True,
             initial_state=ssm_state,
-            seq_idx=seq_idx,
             return_final_state=True,
+            **options,
         )
         return self.out_proj(y), ssm_state
 

@@ -67,7 +67,7 @@ def everything(given: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
 def compare(given: dict[str, Tensor], backend: str, tolerance: float = 2e-5, **options: Any) -> None:
     """``backend`` on the test's device beside the definition in float64 on the CPU."""
     want = everything({name: tensor.double() for name, tensor in given.items()}, backend="reference", **options)
-    moved = {name: option.to(DEVICE) for name, option in options.items()}
+    moved = {name: o.to(DEVICE) if isinstance(o, Tensor) else o for name, o in options.items()}
     with poisoned_memory():
         got = everything({name: tensor.to(DEVICE) for name, tensor in given.items()}, backend=backend, **moved)
     for name, value in got.items():
@@ -80,6 +80,35 @@ def compare(given: dict[str, Tensor], backend: str, tolerance: float = 2e-5, **o
 @pytest.mark.parametrize("absent", [(), OPTIONAL, ("conv_state",), ("ssm_state", "out_proj_bias")])
 def test_outputs_and_gradients(backend: str, absent: tuple[str, ...]) -> None:
     compare(inputs(absent=absent), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_reverse(backend: str) -> None:
+    """From the end is forwards on what was turned round, states and gradients included; so is packing."""
+    for options in ({}, {"seq_idx": SEQ_IDX}):
+        compare(inputs(), backend, reverse=True, **options)
+        turned = {name: value.flip(1) for name, value in options.items()}
+        want = call(inputs() | {"xz": inputs()["xz"].flip(1)}, backend="reference", **turned)
+        got = call(inputs(), backend="reference", reverse=True, **options)
+        assert_close("out", got[0].flip(1), want[0], 1e-6)
+        assert_close("state", got[1], want[1], 1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_reverse_starts_at_the_end_of_each_row(backend: str) -> None:
+    """Whatever stands at padding reaches nothing, and gets no gradient."""
+    given, lengths = inputs(absent=("conv_state",)), torch.tensor([9, 4])
+    short = {name: t[1:, :4] if name == "xz" else t[1:] if "state" in name else t for name, t in given.items()}
+    want_out, want_state = call(short, backend="reference", reverse=True)
+    moved = {name: tensor.to(DEVICE) for name, tensor in given.items()}
+    leaf = moved["xz"].clone().requires_grad_()
+    out, state = call(moved | {"xz": leaf}, lengths=lengths.to(DEVICE), backend=backend, reverse=True)
+    assert_close("out", out[1:, :4], want_out, 2e-5)
+    assert_close("state", state[1:], want_state, 2e-5)
+    out[1:, :4].sum().backward()
+    assert leaf.grad is not None and bool((leaf.grad[1, 4:] == 0).all())
+    with pytest.raises(ValueError, match="conv_state.*reverse"):
+        call(inputs(), lengths=lengths, reverse=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -143,7 +172,7 @@ def test_gradcheck() -> None:
 def test_operator(absent: tuple[str, ...]) -> None:
     given = inputs(absent=absent)
     tensors = [given[name].requires_grad_() if name in given else None for name in fused.Arguments._fields[:-2]]
-    torch.library.opcheck(_inner, (*tensors, SEQ_IDX, torch.tensor([9, 4]), "torch"))
+    torch.library.opcheck(_inner, (*tensors, SEQ_IDX, torch.tensor([9, 4]), False, "torch"))
 
 
 def test_keeps_little_for_the_backward() -> None:
