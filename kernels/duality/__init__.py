@@ -2,5 +2,6 @@
 
 from mambakit.kernels.duality.op import ssd
 from mambakit.kernels.duality.reference import step_sizes
+from mambakit.kernels.duality.weighted import weighted_ssd
 
-__all__ = ["ssd", "step_sizes"]
+__all__ = ["ssd", "step_sizes", "weighted_ssd"]

@@ -1,4 +1,4 @@
-"""``ssd``: the public function, its checks, and the choice between its two implementations."""
+"""``ssd``: the public function, its checks, and its step sizes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from mambakit.kernels import checks, dispatch
-from mambakit.kernels.duality.chunked import ssd_chunked
-from mambakit.kernels.duality.reference import ssd_reference
+from mambakit.kernels import checks
+from mambakit.kernels.duality.reference import ssd_dtype, step_sizes
+from mambakit.kernels.duality.weighted import NAME, weighted_ssd
 
-NAME = "ssd"
 UNLIMITED = (0.0, float("inf"))
 
 
@@ -76,12 +75,12 @@ def ssd(
     dt_limit = (float(dt_limit[0]), float(dt_limit[1]))
     if not 0.0 <= dt_limit[0] <= dt_limit[1]:
         raise ValueError(f"{NAME}: dt_limit is {dt_limit}, expected 0 <= smallest <= largest")
-    chosen = dispatch.choose(NAME, backend, x, "it has no Triton kernel", warn=False).backend
-    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
-    if chosen == "reference":
-        out, final_state = ssd_reference(*tensors, dt_softplus, dt_limit)
-    else:
-        out, final_state = ssd_chunked(*tensors, dt_softplus, dt_limit, chunk_size)
+    dtype = ssd_dtype(x, dt, A, B, C)
+    steps = step_sizes(dt, dt_bias, dt_softplus, dt_limit, dtype)
+    out, final_state = weighted_ssd(
+        x, steps, steps * A.to(dtype), B, C, D, z,
+        chunk_size=chunk_size, initial_state=initial_state, seq_idx=seq_idx, backend=backend,
+    )  # fmt: skip
     return (out, final_state) if return_final_state else out
 
 

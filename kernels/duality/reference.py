@@ -1,4 +1,4 @@
-"""Mamba-2's recurrence by its definition: a short loop over time that the faster implementation is tested against."""
+"""Mamba-2's recurrence by its definition: a short loop over time that the faster implementations are tested against."""
 
 from __future__ import annotations
 
@@ -26,27 +26,23 @@ def ssd_dtype(*tensors: Tensor) -> torch.dtype:
 
 def ssd_reference(
     x: Tensor,
-    dt: Tensor,
-    A: Tensor,
+    weights: Tensor,
+    log_decays: Tensor,
     B: Tensor,
     C: Tensor,
     D: Tensor | None = None,
     z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
-    dt_softplus: bool = False,
-    dt_limit: tuple[float, float] = (0.0, float("inf")),
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, L, H, P) and final state (B, H, P, N) of ``ssd``, whose docstring says what each argument is.
+    """Output (B, L, H, P) and final state (B, H, P, N) of ``weighted_ssd``, whose docstring says what each argument is.
 
     Ordinary differentiable PyTorch: autograd gives the gradients, of any order. For tests and for reading: time and
     memory grow with L steps of several small operations each.
     """
     batch, length, heads, channels = x.shape
-    dtype = ssd_dtype(x, dt, A, B, C)
-    steps = step_sizes(dt, dt_bias, dt_softplus, dt_limit, dtype)
-    wide_x = x.to(dtype)
+    dtype = ssd_dtype(x, weights, log_decays, B, C)
+    wide_x, weights, decays = x.to(dtype), weights.to(dtype), log_decays.to(dtype).exp()
     # Group g of B and C serves H / G heads in a row.
     B, C = (b.to(dtype).repeat_interleave(heads // b.shape[2], dim=2).unsqueeze(3) for b in (B, C))
     if initial_state is None:
@@ -58,8 +54,8 @@ def ssd_reference(
         if seq_idx is not None and t > 0:
             same_sequence = seq_idx[:, t] == seq_idx[:, t - 1]
             state = torch.where(same_sequence[:, None, None, None], state, 0)
-        step = steps[:, t, :, None, None]
-        state = torch.exp(step * A.to(dtype)[:, None, None]) * state + step * wide_x[:, t, :, :, None] * B[:, t]
+        inputs = (weights[:, t].unsqueeze(-1) * wide_x[:, t]).unsqueeze(-1)
+        state = decays[:, t, :, None, None] * state + inputs * B[:, t]
         outputs.append((state * C[:, t]).sum(-1))
     out = torch.stack(outputs, dim=1)
     if D is not None:
