@@ -13,6 +13,8 @@ Q steps of a chunk. In the einsums b, g, r, p, n are those, c the chunk, i and j
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -63,7 +65,7 @@ def ssd_forward(
     for start in range(0, length, span):
         starts.append(state)
         pieces = _piece(start, span, x, weights, log_decays, B, C, z, owners)
-        out[:, start : start + span], state = _span(*pieces, D, state, chunk_size)
+        out[:, start : start + span], state = _span(*[*pieces, D, state, chunk_size])
     return out, state.clone(), torch.stack(starts)
 
 
@@ -86,16 +88,18 @@ def ssd_backward(
     chunk_size, span = chunks_of(x, chunk_size)
     owners = None if seq_idx is None else _owners(seq_idx)
     timed = (x, weights, log_decays, B, C, z)
-    gradients = [None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in timed]
-    dD = None if D is None else torch.zeros_like(D, dtype=starts.dtype)
-    dstate = torch.zeros_like(starts[0]) if dfinal_state is None else dfinal_state
+    gradients: list[Any] = [None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in timed]
+    dD: Any = None if D is None else torch.zeros_like(D, dtype=starts.dtype)
+    dstate: Any = torch.zeros_like(starts[0]) if dfinal_state is None else dfinal_state
     for index in reversed(range(len(starts))):
         here = slice(index * span, (index + 1) * span)
         pieces = _piece(here.start, span, *timed, owners)
         with torch.enable_grad():
             # Detached even where they are whole, so that no gradient goes past this span.
-            leaves = [t if t is None else t.detach().requires_grad_() for t in (*pieces[:6], D, starts[index])]
-            results = _span(*leaves[:6], pieces[6], *leaves[6:], chunk_size)
+            leaves: list[Any] = [
+                t if t is None else t.detach().requires_grad_() for t in (*pieces[:6], D, starts[index])
+            ]
+            results = _span(*[*leaves[:6], pieces[6], *leaves[6:], chunk_size])
             given = [leaf for leaf in leaves if leaf is not None]
             found = iter(torch.autograd.grad(results, given, (dout[:, here], dstate)))
         *parts, dD_part, dstate = (None if leaf is None else next(found) for leaf in leaves)
@@ -110,7 +114,7 @@ def ssd_backward(
     return dx, dweights, dlog_decays, dB, dC, dD, dz, dinitial
 
 
-def _piece(start: int, span: int, *timed: Tensor | None) -> list[Tensor | None]:
+def _piece(start: int, span: int, *timed: Tensor | None) -> list[Any]:
     """``span`` steps of each tensor from ``start``; of the last, the owners, with that of the element before."""
     *tensors, owners = timed
     pieces = [None if t is None else t[:, start : start + span] for t in tensors]
