@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mambakit.kernels import selective_scan
 from mambakit.mixers.base import SequenceMixer, State
+from mambakit.mixers.hippo import legs_spectrum
 
 Init = Literal["lin", "inv", "legs", "real"]
 Discretization = Literal["zoh", "bilinear"]
@@ -87,8 +88,90 @@ class S4DKernel(nn.Module):
         log_dA, dB, C = self.discretize(rate)
         return power_sums(log_dA, C * dB, length)
 
+    def recur(
+        self, x: Tensor, before: Tensor | None, seq_idx: Tensor | None, lengths: Tensor | None, rate: float
+    ) -> tuple[Tensor, Tensor]:
+        """The recurrence along x (B, L, D): the selective scan with the same step, 1, at every real element."""
+        log_dA, dB, C = self.discretize(rate)
+        steps = torch.ones_like(x)
+        if lengths is not None:  # a step of 0 leaves the state as it is
+            times = torch.arange(x.shape[1], device=x.device)
+            steps = (times < lengths.unsqueeze(1)).to(x.dtype).unsqueeze(-1).expand_as(x)
+        return selective_scan(x, steps, log_dA, dB, C, initial_state=before, seq_idx=seq_idx, return_final_state=True)
 
-class S4D(SequenceMixer):
+    def step(self, x_t: Tensor, before: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+        """One element x_t (B, D) of the recurrence: outputs (B, D), states (B, D, N/2)."""
+        log_dA, dB, C = self.discretize(rate)
+        h = log_dA.exp() * before + dB * x_t.unsqueeze(-1)
+        return 2 * (C * h).real.sum(-1), h
+
+
+class ConvolutionMixer(SequenceMixer):
+    """D time-invariant systems side by side, each read off one channel, then GELU and a gated linear map.
+
+        y = K * x + D x,    output = GLU(W GELU(y) + b)
+
+    ``kernel`` gives both views of the systems, each at a sampling rate: ``kernel(length, rate)``, the convolution
+    kernels K (D, L); ``kernel.recur(x, before, seq_idx, lengths, rate)``, the outputs (B, L, D) and last states
+    (B, D, N/2) complex of the recurrence, which begins with the states ``before`` or None; and
+    ``kernel.step(x_t, before, rate)``, one element of it. All are computed in float32 at least. Training convolves by
+    FFT, at O(L log L); calls with a state or packed sequences, and ``step``, run the recurrence.
+    """
+
+    def __init__(self, d_model: int, d_state: int, kernel: nn.Module, rate: float) -> None:
+        super().__init__()
+        self.d_model = d_model
+        self.d_state = d_state
+        self.rate = rate
+        self.D = nn.Parameter(torch.randn(d_model))
+        self.kernel = kernel
+        # A 1x1 convolution only for the shape of the original's weight.
+        self.output_linear = nn.Sequential(nn.Conv1d(d_model, 2 * d_model, 1))
+
+    def mix(
+        self,
+        x: Tensor,
+        *,
+        state: S4DState | None = None,
+        seq_idx: Tensor | None = None,
+        lengths: Tensor | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, S4DState | None]:
+        new_state = None
+        with torch.autocast(x.device.type, enabled=False):  # FFTs and powers are taken in float32 at least
+            wide = x.to(self._dtype())
+            if state is None and seq_idx is None and not return_state:
+                y = fft_convolve(wide, self.kernel(x.shape[1], self.rate))
+            else:
+                before = None if state is None else torch.view_as_complex(state.ssm.to(wide.dtype))
+                y, last = self.kernel.recur(wide, before, seq_idx, lengths, self.rate)  # type: ignore[operator]
+                new_state = S4DState(torch.view_as_real(last))
+            y = y + self.D * wide
+        return self._mix_channels(y.to(x.dtype)), new_state if return_state else None
+
+    def step(self, x_t: Tensor, state: S4DState) -> tuple[Tensor, S4DState]:
+        """One element in constant time; the given state is left as it is."""
+        with torch.autocast(x_t.device.type, enabled=False):
+            wide = x_t.to(self._dtype())
+            before = torch.view_as_complex(state.ssm.to(wide.dtype))
+            y, h = self.kernel.step(wide, before, self.rate)  # type: ignore[operator]
+            y = y + self.D * wide
+        return self._mix_channels(y.to(x_t.dtype)), S4DState(torch.view_as_real(h))
+
+    def init_state(self, batch_size: int, *, device: Any = None, dtype: torch.dtype | None = None) -> S4DState:
+        """Zeros, float32 (float64 for a float64 model) whatever ``dtype`` asks for: the state adds up many inputs."""
+        device = self.D.device if device is None else device
+        return S4DState(torch.zeros(batch_size, self.d_model, self.d_state // 2, 2, device=device, dtype=self._dtype()))
+
+    def _mix_channels(self, y: Tensor) -> Tensor:
+        linear = self.output_linear[0]
+        return F.glu(F.linear(F.gelu(y), linear.weight.squeeze(-1), linear.bias), dim=-1)  # type: ignore[operator, arg-type]
+
+    def _dtype(self) -> torch.dtype:
+        return torch.promote_types(self.D.dtype, torch.float32)
+
+
+class S4D(ConvolutionMixer):
     """Time-invariant diagonal state space, D systems of N complex states side by side, then GELU and a gated linear.
 
         h_t = dA h_{t-1} + dB x_t,    y_t = Re(C h_t) + D x_t,    output = GLU(W GELU(y) + b)
@@ -120,77 +203,13 @@ class S4D(SequenceMixer):
         lr: float | None = None,
         rate: float = 1.0,
     ) -> None:
-        super().__init__()
         name = type(self).__name__
-        if d_state < 2 or d_state % 2:
-            raise ValueError(f"{name}: d_state={d_state}, expected an even number from 2: states are conjugate pairs")
+        check_system(name, d_state, dt_min, dt_max, rate)
         for argument, value, known in (("init", init, Init), ("discretization", discretization, Discretization)):
             if value not in get_args(known):
                 raise ValueError(f"{name}: {argument}={value!r}, expected one of {', '.join(get_args(known))}")
-        if not (0 < dt_min <= dt_max and rate > 0):
-            raise ValueError(
-                f"{name}: dt_min={dt_min}, dt_max={dt_max}, rate={rate}, expected 0 < dt_min <= dt_max, rate > 0"
-            )
-        self.d_model = d_model
-        self.d_state = d_state
-        self.rate = rate
-        self.D = nn.Parameter(torch.randn(d_model))
-        self.kernel = S4DKernel(d_model, d_state, dt_min, dt_max, init, discretization, lr)
-        # A 1x1 convolution only for the shape of the original's weight.
-        self.output_linear = nn.Sequential(nn.Conv1d(d_model, 2 * d_model, 1))
-
-    def mix(
-        self,
-        x: Tensor,
-        *,
-        state: S4DState | None = None,
-        seq_idx: Tensor | None = None,
-        lengths: Tensor | None = None,
-        return_state: bool = False,
-    ) -> tuple[Tensor, S4DState | None]:
-        with torch.autocast(x.device.type, enabled=False):  # FFTs and powers are taken in float32 at least
-            wide = x.to(self._dtype())
-            if state is None and seq_idx is None and not return_state:
-                y, new_state = fft_convolve(wide, self.kernel(x.shape[1], self.rate)) + self.D * wide, None
-            else:
-                y, new_state = self._recur(wide, state, seq_idx, lengths)
-        return self._mix_channels(y.to(x.dtype)), new_state if return_state else None
-
-    def _recur(
-        self, x: Tensor, state: S4DState | None, seq_idx: Tensor | None, lengths: Tensor | None
-    ) -> tuple[Tensor, S4DState]:
-        """The recurrence along x (B, L, D): the selective scan with the same step, 1, at every real element."""
-        log_dA, dB, C = self.kernel.discretize(self.rate)
-        steps = torch.ones_like(x)
-        if lengths is not None:  # a step of 0 leaves the state as it is
-            times = torch.arange(x.shape[1], device=x.device)
-            steps = (times < lengths.unsqueeze(1)).to(x.dtype).unsqueeze(-1).expand_as(x)
-        before = None if state is None else torch.view_as_complex(state.ssm.to(x.dtype))
-        y, last = selective_scan(
-            x, steps, log_dA, dB, C, self.D, initial_state=before, seq_idx=seq_idx, return_final_state=True
-        )
-        return y, S4DState(torch.view_as_real(last))
-
-    def step(self, x_t: Tensor, state: S4DState) -> tuple[Tensor, S4DState]:
-        """One element in constant time; the given state is left as it is."""
-        with torch.autocast(x_t.device.type, enabled=False):
-            wide = x_t.to(self._dtype())
-            log_dA, dB, C = self.kernel.discretize(self.rate)
-            h = log_dA.exp() * torch.view_as_complex(state.ssm.to(wide.dtype)) + dB * wide.unsqueeze(-1)
-            y = 2 * (C * h).real.sum(-1) + self.D * wide
-        return self._mix_channels(y.to(x_t.dtype)), S4DState(torch.view_as_real(h))
-
-    def init_state(self, batch_size: int, *, device: Any = None, dtype: torch.dtype | None = None) -> S4DState:
-        """Zeros, float32 (float64 for a float64 model) whatever ``dtype`` asks for: the state adds up many inputs."""
-        device = self.D.device if device is None else device
-        return S4DState(torch.zeros(batch_size, self.d_model, self.d_state // 2, 2, device=device, dtype=self._dtype()))
-
-    def _mix_channels(self, y: Tensor) -> Tensor:
-        linear = self.output_linear[0]
-        return F.glu(F.linear(F.gelu(y), linear.weight.squeeze(-1), linear.bias), dim=-1)  # type: ignore[operator, arg-type]
-
-    def _dtype(self) -> torch.dtype:
-        return torch.promote_types(self.D.dtype, torch.float32)
+        kernel = S4DKernel(d_model, d_state, dt_min, dt_max, init, discretization, lr)
+        super().__init__(d_model, d_state, kernel, rate)
 
 
 class DSS(S4D):
@@ -212,6 +231,16 @@ class DSS(S4D):
         super().__init__(d_model, d_state, dt_min, dt_max, init="legs", lr=lr, rate=rate)
 
 
+def check_system(name: str, d_state: int, dt_min: float, dt_max: float, rate: float) -> None:
+    """Raise unless the options that S4's family shares make sense; ``name`` is the mixer's."""
+    if d_state < 2 or d_state % 2:
+        raise ValueError(f"{name}: d_state={d_state}, expected an even number from 2: states are conjugate pairs")
+    if not (0 < dt_min <= dt_max and rate > 0):
+        raise ValueError(
+            f"{name}: dt_min={dt_min}, dt_max={dt_max}, rate={rate}, expected 0 < dt_min <= dt_max, rate > 0"
+        )
+
+
 def initial_A(init: Init, d_state: int) -> Tensor:
     """N/2 eigenvalues with imaginary part from 0 up, complex128 (N/2,); n counts from 0.
 
@@ -226,9 +255,7 @@ def initial_A(init: Init, d_state: int) -> Tensor:
     elif init == "inv":
         imaginary = d_state / math.pi * (d_state / (2 * n + 1) - 1)
     else:
-        root = (torch.arange(d_state, dtype=torch.float64) + 0.5).sqrt()
-        upper = torch.outer(root, root).triu(1)
-        imaginary = torch.linalg.eigvalsh(torch.complex(torch.zeros_like(upper), upper.T - upper))[d_state // 2 :]
+        return legs_spectrum(d_state)[0]
     return torch.complex(torch.full_like(n, -0.5), imaginary)
 
 
