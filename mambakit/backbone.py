@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mambakit.kernels import rms_norm
 from mambakit.mixers.base import RightPadded, SequenceMixer, State, check_sequence
-from mambakit.mlp import MixtureOfExperts, MLPName, mlp_factory
+from mambakit.mlp import Experts, MixtureOfExperts, MLPName, mlp_factory
 
 MixerName = Literal["mamba1", "mamba2", "s4d", "dss", "s5", "attention"]
 MIXER_HOMES = {
@@ -181,6 +181,9 @@ class Backbone(nn.Module):
     def _scale_residual_outputs(self) -> None:
         """The stream is a sum of n addends: shrink each by sqrt(n) at the start (GPT-2, mamba_ssm)."""
         addends = sum(1 if layer.mlp is None else 2 for layer in self.layers)
+        for module in self.layers.modules():
+            if isinstance(module, Experts):
+                module.reset_parameters(addends**-0.5)
         for name, weight in self.layers.named_parameters():
             if name.endswith(("mixer.out_proj.weight", "fc2.weight")):
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5))

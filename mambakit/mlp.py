@@ -5,12 +5,15 @@ Letters: B batch, L length, D d_model, F hidden width, E experts, K experts an e
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mambakit.kernels.grouped import grouped_linear
 
 MLPName = Literal["mlp", "swiglu", "moe"]
 
@@ -47,13 +50,40 @@ class SwiGLU(nn.Module):
 
     def __init__(self, d_model: int, d_hidden: int | None = None, bias: bool = False) -> None:
         super().__init__()
-        d_hidden = -(-8 * d_model // 384) * 128 if d_hidden is None else d_hidden
+        d_hidden = swiglu_width(d_model) if d_hidden is None else d_hidden
         self.fc1 = nn.Linear(d_model, 2 * d_hidden, bias=bias)
         self.fc2 = nn.Linear(d_hidden, d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         u, gate = self.fc1(x).chunk(2, dim=-1)
         return self.fc2(u * F.silu(gate))
+
+
+def swiglu_width(d_model: int) -> int:
+    """8 D / 3 rounded up to a multiple of 128: as many parameters as an MLP of width 4 D."""
+    return -(-8 * d_model // 384) * 128
+
+
+class Experts(nn.Module):
+    """E SwiGLUs without biases, their matrices stacked: ``fc1`` (E, 2F, D), ``fc2`` (E, D, F)."""
+
+    def __init__(self, n_experts: int, d_model: int, d_hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Parameter(torch.empty(n_experts, 2 * d_hidden, d_model))
+        self.fc2 = nn.Parameter(torch.empty(n_experts, d_model, d_hidden))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, scale: float = 1.0) -> None:
+        """Draw each matrix as ``nn.Linear`` draws its own, fc2 times ``scale``."""
+        for weight, factor in ((self.fc1, 1.0), (self.fc2, scale)):
+            bound = factor * weight.shape[-1] ** -0.5
+            nn.init.uniform_(weight, -bound, bound)
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """x (T, D), the first ``counts[0]`` rows for expert 0 and so on, to (T, D)."""
+        u, gate = grouped_linear(x, self.fc1, counts).chunk(2, dim=-1)
+        return grouped_linear(u * F.silu(gate), self.fc2, counts)
 
 
 class MixtureOfExperts(nn.Module):
@@ -66,7 +96,8 @@ class MixtureOfExperts(nn.Module):
     f_e is the share of all choices that fell on expert e, the mean is over elements. ``balance`` (Fedus et al. 2021,
     arXiv 2101.03961) is 1 where every expert is chosen and weighed alike, and up to E / K where the router always
     picks the same; its gradient, through p, spreads the choices. It is returned, never stored. No element is
-    dropped: an element's output does not depend on what else is in the batch.
+    dropped: an element's output does not depend on what else is in the batch. The elements are sorted by expert, so
+    that the cost is that of the K experts chosen and the shapes do not depend on the choice (``torch.compile``).
 
     Args:
         d_model: D, width of input and output.
@@ -90,10 +121,11 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         if not 1 <= top_k <= n_experts:
             raise ValueError(f"MixtureOfExperts: top_k={top_k}, expected 1 to n_experts={n_experts}")
+        self.n_experts = n_experts
         self.top_k = top_k
         self.renormalize = renormalize
         self.router = nn.Linear(d_model, n_experts, bias=False)
-        self.experts = nn.ModuleList(SwiGLU(d_model, d_hidden) for _ in range(n_experts))
+        self.experts = Experts(n_experts, d_model, swiglu_width(d_model) if d_hidden is None else d_hidden)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Work on x (..., D).
@@ -109,28 +141,26 @@ class MixtureOfExperts(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             p = F.linear(x.to(wide), self.router.weight.to(wide)).softmax(dim=-1)
         weights, chosen = p.topk(self.top_k, dim=-1)
-        balance = self._balance(p, chosen, lengths)
+        picks = (chosen.unsqueeze(-1) == torch.arange(self.n_experts, device=x.device)).sum(dim=-2)
+        balance = self._balance(p, picks, lengths)
         if self.renormalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        rows, weights, chosen = x.flatten(0, -2), weights.flatten(0, -2), chosen.flatten(0, -2)
-        y = torch.zeros_like(rows, dtype=wide)
-        for i, expert in enumerate(self.experts):
-            # An expert that nobody chose runs on no rows: its parameters then have zeros for gradients, not None.
-            row, place = torch.where(chosen == i)
-            y = y.index_add(0, row, expert(rows[row]).to(wide) * weights[row, place].unsqueeze(-1))
+        order = chosen.flatten().argsort(stable=True)
+        rows = x.flatten(0, -2)[order // self.top_k]
+        y = self.experts(rows, picks.flatten(0, -2).sum(0))[order.argsort()].view(*chosen.shape, -1)
         out = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        return y.to(out).view_as(x), balance
+        return (y.to(wide) * weights.unsqueeze(-1)).sum(dim=-2).to(out), balance
 
-    def _balance(self, p: Tensor, chosen: Tensor, lengths: Tensor | None) -> Tensor:
-        """E sum_e f_e mean(p_e) of p (..., E) and chosen (..., K) over the elements that are no padding."""
-        share = F.one_hot(chosen, p.shape[-1]).sum(dim=-2).to(p.dtype) / self.top_k
+    def _balance(self, p: Tensor, picks: Tensor, lengths: Tensor | None) -> Tensor:
+        """E sum_e f_e mean(p_e) of p and picks (..., E), 1 at the chosen, over the elements that are no padding."""
+        share = picks.to(p.dtype) / self.top_k
         if lengths is None:
             share, mean = share.flatten(0, -2).mean(0), p.flatten(0, -2).mean(0)
         else:
             real = (torch.arange(p.shape[1], device=p.device) < lengths.unsqueeze(1)).unsqueeze(-1).to(p.dtype)
             count = real.sum().clamp(min=1)
             share, mean = (share * real).sum((0, 1)) / count, (p * real).sum((0, 1)) / count
-        return p.shape[-1] * (share * mean).sum()
+        return self.n_experts * (share * mean).sum()
 
 
 def mlp_factory(mlp: str | Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
@@ -143,7 +173,9 @@ def mlp_factory(mlp: str | Callable[[int], nn.Module]) -> Callable[[int], nn.Mod
     homes: dict[str, Any] = {"mlp": MLP, "swiglu": SwiGLU, "moe": MixtureOfExperts}
     if isinstance(mlp, str):
         if mlp not in homes:
-            raise ValueError(f"mlp={mlp!r} is unknown; expected one of {', '.join(homes)}, or a class")
+            near = difflib.get_close_matches(mlp, homes, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(f"mlp={mlp!r} is unknown{hint}; expected one of {', '.join(homes)}, or a class")
         return homes[mlp]
     if not callable(mlp):
         raise TypeError(f"mlp is a {type(mlp).__name__}; expected a name, a class or a callable taking d_model")

@@ -38,7 +38,11 @@ def test_each_element_goes_to_its_experts(renormalize):
         p = (model.router.weight @ row).softmax(0)
         best = sorted(range(4), key=lambda e: -p[e])[:2]
         total = p[best].sum() if renormalize else 1.0
-        assert_close("element", out, sum(p[e] / total * model.experts[e](row) for e in best), 1e-5)
+        want = torch.zeros(6)
+        for e in best:
+            up, gate = (model.experts.fc1[e] @ row).chunk(2)
+            want += p[e] / total * (model.experts.fc2[e] @ (up * F.silu(gate)))
+        assert_close("element", out, want, 1e-5)
 
 
 def router_of(logits):
@@ -95,7 +99,35 @@ def test_every_expert_has_gradients_even_unchosen():
     model, x = router_of(torch.tensor([[8.0, 0, 0, 0]] * 4))
     model(x)[0].sum().backward()
     assert all(parameter.grad is not None for parameter in model.experts.parameters())
-    assert not model.experts[1].fc1.weight.grad.any() and model.experts[0].fc1.weight.grad.any()
+    assert not model.experts.fc1.grad[1:].any() and model.experts.fc1.grad[0].any()
+
+
+def test_compile_has_no_break():
+    """Whatever the router chooses, one graph: forward and backward as eager, with other choices in a second batch."""
+    torch.manual_seed(0)
+    model = MixtureOfExperts(8, n_experts=3, top_k=2, d_hidden=4)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for seed in range(2):
+        x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(seed))
+        gradients = []
+        for function in (model, compiled):
+            y, balance = function(x)
+            gradients.append(torch.autograd.grad(y.square().sum() + balance, [*model.parameters()]))
+        for got, want in zip(*gradients, strict=True):
+            assert_close("gradient", got, want, 1e-5)
+
+
+def test_gradients_in_float64():
+    torch.manual_seed(0)
+    model = MixtureOfExperts(3, n_experts=3, top_k=2, d_hidden=2).double()
+    x = torch.randn(1, 4, 3, dtype=torch.float64, requires_grad=True)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+
+    def function(x, *weights):
+        return torch.func.functional_call(model, dict(zip(names, weights, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(function, (x, *parameters))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -148,10 +180,9 @@ def test_a_layer_of_jamba_with_experts():
     layer.norm.weight.copy_(theirs.input_layernorm.weight)
     layer.norm2.weight.copy_(theirs.pre_ff_layernorm.weight)
     experts = theirs.feed_forward.experts
-    for i, expert in enumerate(layer.mlp.experts):
-        gate, up = experts.gate_up_proj[i].chunk(2)
-        expert.fc1.weight.copy_(torch.cat([up, gate]))
-        expert.fc2.weight.copy_(experts.down_proj[i])
+    gate, up = experts.gate_up_proj.chunk(2, dim=1)
+    layer.mlp.experts.fc1.copy_(torch.cat([up, gate], dim=1))
+    layer.mlp.experts.fc2.copy_(experts.down_proj)
     layer.mlp.router.weight.copy_(theirs.feed_forward.router.weight)
 
     x, logits = torch.randn(2, 9, 16), []
@@ -169,7 +200,9 @@ def test_top_k_out_of_range(top_k):
         MixtureOfExperts(8, n_experts=4, top_k=top_k)
 
 
-@pytest.mark.parametrize(("mlp", "error", "words"), [("swigul", ValueError, "swigul.*swiglu"), (3, TypeError, "int")])
+@pytest.mark.parametrize(
+    ("mlp", "error", "words"), [("swigul", ValueError, r"swigul.*did you mean swiglu\?"), (3, TypeError, "int")]
+)
 def test_a_wrong_mlp_is_named(mlp, error, words):
     with pytest.raises(error, match=words):
         mlp_factory(mlp)

@@ -77,8 +77,8 @@ def test_residual_outputs_shrink_by_all_addends():
     """Kaiming's bound 1/sqrt(fan in), over sqrt of the number of addends: two a layer (mamba_ssm)."""
     model = Backbone(64, 4, pattern="a", mlp="mlp", experts=EXPERTS)
     layer, mixture = model.layers[0], model.layers[1].mlp
-    for weight in (layer.mixer.out_proj.weight, layer.mlp.fc2.weight, mixture.experts[0].fc2.weight):
-        bound = weight.shape[1] ** -0.5 / 8**0.5
+    for weight in (layer.mixer.out_proj.weight, layer.mlp.fc2.weight, mixture.experts.fc2):
+        bound = weight.shape[-1] ** -0.5 / 8**0.5
         assert 0.9 * bound < weight.abs().max() <= bound
     assert not layer.mlp.fc1.bias.any() and not layer.mlp.fc2.bias.any()
 
