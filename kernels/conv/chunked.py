@@ -120,10 +120,11 @@ def forward(
     seq_idx: Tensor | None,
     silu: bool,
     reverse: bool,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """y (B, L, D) in x's dtype."""
+    """y (B, L, D) in x's dtype; written into ``out`` where given, channels side by side and rows anywhere."""
     whole = _Convolution(x, weight, initial_state, seq_idx, reverse)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     for block in whole.blocks():
         pre = block.convolve(bias)
         out[block.outputs] = F.silu(pre, inplace=True) if silu else pre

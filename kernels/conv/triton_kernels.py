@@ -102,6 +102,8 @@ def conv_forward(
     D,
     x_batch,
     x_row,
+    out_batch,
+    out_row,
     chunks,
     total,
     steps,
@@ -128,9 +130,9 @@ def conv_forward(
             value = tl.where(belongs, value, 0.0)
             later = earlier
         window += (value,)
-    x_hop, out_hop = hop(x_row, REVERSE), hop(D, REVERSE)
+    x_hop, out_hop = hop(x_row, REVERSE), hop(out_row, REVERSE)
     x += row_of(start, L, REVERSE) * x_row
-    out += b * L * D + d + row_of(start, L, REVERSE) * D
+    out += b * out_batch + d + row_of(start, L, REVERSE) * out_row
     rows = load_rows(x, end - start, 0, x_hop, in_d, U)
     taps, shift = filter_taps(weight, bias, d, in_d, W)
     for i in range(0, steps, U):
@@ -237,6 +239,8 @@ def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], in
         "D": "i32",
         "x_batch": "i64",
         "x_row": "i64",
+        "out_batch": "i64",
+        "out_row": "i64",
         "chunks": "i32",
         "total": "i32",
         "steps": "i32",

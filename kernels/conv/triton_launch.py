@@ -62,11 +62,13 @@ def forward(
     seq_idx: Tensor | None,
     silu: bool,
     reverse: bool,
+    out: Tensor | None = None,
 ) -> Tensor:
     """As :func:`mambakit.kernels.conv.chunked.forward`."""
     batch, length, channels = x.shape
     x = _channels_last(x)
-    out = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
     cut = tiling(batch, length, channels, 16 // x.itemsize, 4, 64, 8, 0)
     launch(
         conv_forward,
@@ -81,6 +83,8 @@ def forward(
         channels,
         x.stride(0),
         x.stride(1),
+        out.stride(0),
+        out.stride(1),
         cut.chunks,
         cut.total,
         cut.steps,

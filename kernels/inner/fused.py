@@ -102,14 +102,14 @@ def backward(
     )
     del dy, delta, arguments  # of D numbers a token each, as the next ones below: gone as soon as they have served
     y = _tokens(recomputed.pop()) if recomputed else kept
-    dout_proj_weight = _weight_gradient(dout, y, given.out_proj_weight)
+    dout_proj_weight = weight_gradient(dout, y, given.out_proj_weight)
     del y
     dx_dbl = torch.empty_like(x_dbl)
     torch.mm(_tokens(ddelta), dt_proj, out=dx_dbl[:, :rank])
     torch.cat((_tokens(dB), _tokens(dC)), dim=1, out=dx_dbl[:, rank:])
-    ddt_proj_weight = _weight_gradient(_tokens(ddelta), x_dbl[:, :rank], given.dt_proj_weight)
+    ddt_proj_weight = weight_gradient(_tokens(ddelta), x_dbl[:, :rank], given.dt_proj_weight)
     del ddelta
-    dx_proj_weight = _weight_gradient(dx_dbl, _tokens(u), given.x_proj_weight)
+    dx_proj_weight = weight_gradient(dx_dbl, _tokens(u), given.x_proj_weight)
     _tokens(du).addmm_(dx_dbl, x_proj)
     del u
     _, dconv_weight, dconv_bias, dconv_state = conv.backward(
@@ -157,7 +157,7 @@ def _select(given: Arguments, x_dbl: Tensor, dt_proj: Tensor) -> tuple[Tensor, T
     return delta, B.view(batch, length, d_state), C.view(batch, length, d_state)
 
 
-def _weight_gradient(dout: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
+def weight_gradient(dout: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
     """dout.T @ inputs in ``weight``'s dtype: from dout (T, O) and inputs (T, I), (O, I)."""
     if dout.is_cuda and weight.dtype == torch.float32 != dout.dtype:
         return torch.mm(dout.t(), inputs, out_dtype=torch.float32)  # summed in float32: no need to round in between

@@ -1,0 +1,159 @@
+"""bimamba_inner: every backend against the definition in float64, values, gradients, packing, padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mambakit.kernels.inner import bimamba_inner, mamba_inner
+from mambakit.kernels.inner.bimamba import Arguments
+from mambakit.kernels.inner.bimamba_op import _inner
+from mambakit.kernels.testing import assert_close, poisoned_memory, random_tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ["torch", "triton"]
+OPTIONAL = ("conv_bias", "out_proj_bias")
+SEQ_IDX = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2], [0, 1, 1, 1, 1, 1, 1, 1, 5]], dtype=torch.int32)
+
+
+def inputs(
+    batch: int = 2,
+    length: int = 9,
+    channels: int = 6,
+    d_state: int = 4,
+    rank: int = 3,
+    width: int = 4,
+    d_model: int = 5,
+    absent: tuple[str, ...] = (),
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """Parameters in float32, xz in ``dtype``."""
+    sizes: dict[str, tuple[int, ...]] = {
+        "xz": (batch, length, 2 * channels),
+        "conv_weight": (2, channels, width),
+        "conv_bias": (2, channels),
+        "x_proj_weight": (2, rank + 2 * d_state, channels),
+        "dt_proj_weight": (2, channels, rank),
+        "A": (2, channels, d_state),
+        "D": (2, channels),
+        "dt_bias": (2, channels),
+        "out_proj_weight": (d_model, channels),
+        "out_proj_bias": (d_model,),
+    }
+    drawn = {name: random_tensor(*size, seed=i) for i, (name, size) in enumerate(sizes.items())}
+    drawn["A"] = -drawn["A"].exp()
+    drawn["xz"] = drawn["xz"].to(dtype)
+    return {name: tensor for name, tensor in drawn.items() if name not in absent}
+
+
+def call(given: dict[str, Tensor], **options: Any) -> Tensor:
+    return bimamba_inner(**({"conv_bias": None} | given), scale=0.5, **options)
+
+
+def everything(given: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    """out, and the gradients of a random projection of it."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in given.items()}
+    out = call(leaves, **options)
+    weight = random_tensor(*out.shape, seed=50, dtype=torch.float64).to(out.device, out.dtype)
+    gradients = torch.autograd.grad((out * weight).sum(), list(leaves.values()))
+    return {"out": out} | dict(zip(leaves, gradients, strict=True))
+
+
+def compare(given: dict[str, Tensor], backend: str, tolerance: float = 2e-5, **options: Any) -> None:
+    """``backend`` on the test's device beside the definition in float64 on the CPU."""
+    want = everything({name: tensor.double() for name, tensor in given.items()}, backend="reference", **options)
+    moved = {name: option.to(DEVICE) for name, option in options.items()}
+    with poisoned_memory():
+        got = everything({name: tensor.to(DEVICE) for name, tensor in given.items()}, backend=backend, **moved)
+    for name, value in got.items():
+        if name in given:
+            assert value.dtype == given[name].dtype, name
+        assert_close(f"{backend} {name}", value, want[name], tolerance)
+
+
+def test_the_definition_is_two_blocks() -> None:
+    """The reference equals two blocks of one direction, the second on what was turned round."""
+    given = {name: tensor.double() for name, tensor in inputs(absent=("out_proj_bias",)).items()}
+    shared = {"xz": given.pop("xz"), "out_proj_weight": given.pop("out_proj_weight")}
+    one, other = ({name: tensor[i] for name, tensor in given.items()} for i in range(2))
+    y, _ = mamba_inner(**shared, **one, backend="reference")
+    turned, _ = mamba_inner(**(shared | {"xz": shared["xz"].flip(1)}), **other, backend="reference")
+    assert_close("out", call(shared | given, backend="reference"), (y + turned.flip(1)) / 2, 1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("absent", [(), OPTIONAL])
+def test_outputs_and_gradients(backend: str, absent: tuple[str, ...]) -> None:
+    compare(inputs(absent=absent), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packing(backend: str) -> None:
+    compare(inputs(), backend, seq_idx=SEQ_IDX)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding(backend: str) -> None:
+    """Either direction keeps to each row's real elements; what stands at padding gets no gradient."""
+    given = {name: tensor.to(DEVICE) for name, tensor in inputs().items()}
+    leaf = given["xz"].clone().requires_grad_()
+    out = call(given | {"xz": leaf}, lengths=torch.tensor([9, 4], device=DEVICE), backend=backend)
+    want = call(inputs() | {"xz": inputs()["xz"][1:, :4]}, backend="reference")
+    assert_close("out", out[1:, :4], want, 2e-5)
+    out[1, :4].sum().backward()
+    assert leaf.grad is not None and bool((leaf.grad[1, 4:] == 0).all()) and bool((leaf.grad[1, :4] != 0).any())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sizes", [{"length": 1}, {"length": 2, "width": 2}, {"rank": 1, "d_state": 1, "channels": 1}])
+def test_smallest(backend: str, sizes: dict[str, int]) -> None:
+    compare(inputs(**sizes), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16(backend: str) -> None:
+    """Products in bfloat16, parameters and their gradients in float32; 80 channels: more than one tile of the gate."""
+    compare(inputs(channels=80, d_model=8, absent=OPTIONAL, dtype=torch.bfloat16), backend, tolerance=0.03)
+
+
+def test_strided_input() -> None:
+    given = inputs()
+    turned = given["xz"].transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(call(given | {"xz": turned}), call(given))
+
+
+def test_gradcheck() -> None:
+    given = {n: t.double().requires_grad_() for n, t in inputs(1, 4, 2, 2, 1, 3, 2).items()}
+    names, leaves = zip(*given.items(), strict=True)
+    assert torch.autograd.gradcheck(
+        lambda *tensors: call(dict(zip(names, tensors, strict=True)), backend="torch"), leaves, fast_mode=True
+    )
+
+
+@pytest.mark.parametrize("absent", [(), OPTIONAL])
+def test_operator(absent: tuple[str, ...]) -> None:
+    given = inputs(absent=absent)
+    tensors = [given[name].requires_grad_() if name in given else None for name in Arguments._fields[:-2]]
+    torch.library.opcheck(_inner, (*tensors, SEQ_IDX, torch.tensor([9, 4]), 0.5, "torch"))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("xz", lambda t: t[..., 1:], ["xz", "twice_channels=12", "11"]),
+        ("A", lambda t: t[0], ["A", "directions=2"]),
+        ("conv_weight", lambda t: t.repeat(1, 1, 2), ["conv_weight", "width 8"]),
+        ("x_proj_weight", lambda t: t[:, 1:], ["x_proj_weight", "11", "10"]),
+        ("dt_proj_weight", lambda t: t[:, 1:], ["dt_proj_weight", "channels=6"]),
+        ("out_proj_bias", lambda t: t[1:], ["out_proj_bias", "d_model=5"]),
+        ("dt_bias", lambda t: t.long(), ["dt_bias", "int64", "float32"]),
+    ],
+)
+def test_bad_input_is_named(name: str, change: Any, words: list[str]) -> None:
+    given = inputs()
+    with pytest.raises((ValueError, TypeError)) as error:
+        call(given | {name: change(given[name])})
+    assert all(word in str(error.value) for word in words), str(error.value)
