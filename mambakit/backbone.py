@@ -16,19 +16,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mambakit.kernels import rms_norm
-from mambakit.mixers.base import RightPadded, SequenceMixer, State, check_sequence
+from mambakit.mixers.base import RightPadded, SequenceMixer, State, check_sequence, check_state_kind
 from mambakit.mlp import Experts, MixtureOfExperts, MLPName, mlp_factory
 
-MixerName = Literal["mamba1", "mamba2", "s4d", "dss", "s5", "attention"]
+MixerName = Literal["mamba1", "mamba2", "mamba3", "s4d", "dss", "s5", "attention"]
 MIXER_HOMES = {
     "mamba1": "mambakit.mixers.mamba1:Mamba1",
     "mamba2": "mambakit.mixers.mamba2:Mamba2",
+    "mamba3": "mambakit.mixers.mamba3:Mamba3",
     "s4d": "mambakit.mixers.s4d:S4D",
     "dss": "mambakit.mixers.s4d:DSS",
     "s5": "mambakit.mixers.s5:S5",
     "attention": "mambakit.mixers.attention:Attention",
 }
-LETTERS = {"a": "attention", "2": "mamba2"}
+LETTERS = {"a": "attention", "2": "mamba2", "3": "mamba3"}
 
 
 @dataclass
@@ -135,7 +136,7 @@ class Backbone(nn.Module):
         gradient_checkpointing: recompute each layer in the backward pass instead of keeping what it stored.
         embedding: turns the raw input into (B, L, d_model) first; heads and models set it.
         pattern: kinds of mixer, a letter a layer, repeated to n_layers: "m" is ``mixer``, "a" attention,
-            "2" Mamba-2.
+            "2" Mamba-2, "3" Mamba-3.
         letters: further letters of the pattern, or other meanings: mixers as ``mixer`` takes them.
         mlp: after each mixer, with its own norm and addition: "mlp", "swiglu", "moe" (a mixture of experts), a class,
             or a callable taking d_model; None for mixers alone.
@@ -256,6 +257,11 @@ class Backbone(nn.Module):
         return (y, *asked, torch.stack(balances).mean()) if return_balance else (y, *asked)
 
     @property
+    def causal(self) -> bool:
+        """Whether no output sees later elements, in any layer: then there is a state, and a step."""
+        return all(cast(Layer, layer).mixer.causal for layer in self.layers)
+
+    @property
     def has_experts(self) -> bool:
         """Whether any layer has a mixture of experts, whose balance a training loss should mind."""
         return any(isinstance(layer.mlp, MixtureOfExperts) for layer in self.layers)
@@ -280,27 +286,16 @@ class Backbone(nn.Module):
         )
 
     def _check_state(self, state: Any, x: Tensor) -> None:
-        """Raise unless ``state`` has a state for each layer, with x's rows, on x's device."""
-        if not isinstance(state, BackboneState):
-            raise TypeError(
-                f"Backbone: state is a {type(state).__name__}, expected the BackboneState of init_state or "
-                "return_state=True"
-            )
+        """Raise unless ``state`` has the state of each layer's mixer, with x's rows, on x's device."""
+        check_state_kind("Backbone", state, BackboneState, x)
         if len(state.layers) != len(self.layers):
             raise ValueError(
                 f"Backbone: the state is of {len(state.layers)} layers, expected {len(self.layers)}; make it with "
                 "init_state of this backbone"
             )
-        for tensor in state.tensors():
-            if len(tensor) != len(x):
-                raise ValueError(
-                    f"Backbone: the state is of batch size {len(tensor)}, x of {len(x)}; make it with "
-                    f"init_state({len(x)}), or choose rows by state.index_select"
-                )
-            if tensor.device != x.device:
-                raise ValueError(
-                    f"Backbone: the state is on {tensor.device}, x on {x.device}; move it by state.to(x.device)"
-                )
+        for i, (layer, layer_state) in enumerate(zip(self.layers, state.layers, strict=True)):
+            mixer = cast(Layer, layer).mixer
+            mixer.check_state(f"Backbone: layer {i}, {type(mixer).__name__}", layer_state, x)
 
 
 def layer_mixers(

@@ -222,3 +222,28 @@ def test_a_state_that_does_not_fit():
         model(x, state=model.init_state(2, device="meta"))
     with pytest.raises(TypeError, match="Mamba1State.*BackboneState"):
         model(x, state=model.layers[0].mixer.init_state(2))
+    with pytest.raises(TypeError, match="layer 1, Mamba1: state is a AttentionState, expected the Mamba1State"):
+        model(x, state=Backbone(8, 2, pattern="ma").init_state(2))
+    with pytest.raises(ValueError, match=r"layer 0, Mamba1.*\(2, 16, 3\), expected \(batch, 16, 16\).*other sizes"):
+        model(x, state=Backbone(8, 2, mixer=partial(Mamba1, d_state=3)).init_state(2))
+
+
+def test_a_state_that_does_not_fit_a_mixer():
+    model, x = Mamba1(8), torch.randn(2, 3, 8)
+    for state, error, words in [
+        (Backbone(8, 1).init_state(2), TypeError, "Mamba1: state is a BackboneState, expected the Mamba1State"),
+        (model.init_state(3), ValueError, r"Mamba1: the state is of batch size 3, x of 2.*init_state\(2\)"),
+        (Mamba1(8, d_conv=2).init_state(2), ValueError, r"\(2, 16, 1\), expected \(batch, 16, 3\)"),
+    ]:
+        with pytest.raises(error, match=words):
+            model(x, state=state)
+
+
+def test_a_mixer_that_sees_later_tokens_makes_no_language_model():
+    class Backwards(Mamba1):
+        causal = False
+
+    backbone = Backbone(8, 2, pattern="ma", mixer=Backwards)
+    assert not backbone.causal and Backbone(8, 2, pattern="ma").causal
+    with pytest.raises(ValueError, match="layer 0, Backwards, sees later tokens.*causal"):
+        LanguageModel(11, backbone)

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambakit.mixers.base import SequenceMixer, State
+from mambakit.mixers.base import SequenceMixer, State, check_state_kind
+
+ROOM = 64  # places that a full cache grows by at least
 
 
 @dataclass
 class AttentionState(State):
-    """The keys and values so far, the newest last: ``keys`` and ``values`` (B, T, G, P), as projected.
+    """The keys and values so far: ``keys`` and ``values`` (B, T, G, P), of which the first ``used`` places count.
 
-    ``real`` (B, T) bool tells entries from gaps where the rows hold unequal numbers of them; None: all are real. Keys
-    are kept before their rotation. Rotary scores depend on distances alone, and those are read off the places in the
-    cache, so it needs no positions and may be cut, padded and reordered.
+    None for ``used`` is all of T. ``real`` (B, T) bool tells entries from gaps where the rows hold unequal numbers of
+    them, the newest of each row last; None: all are real. The key at place i is kept as turned by position
+    ``start + i``. Scores depend on distances alone, so it does not matter where a row began.
     """
 
     keys: Tensor
     values: Tensor
     real: Tensor | None = None
+    used: int | None = None
+    start: int = 0
+
+    @property
+    def length(self) -> int:
+        """How many places count."""
+        return self.keys.shape[1] if self.used is None else self.used
 
 
 class Attention(SequenceMixer):
@@ -38,7 +47,8 @@ class Attention(SequenceMixer):
     2104.09864). Channels from d_rotary up are not turned. With a window w, s > t - w as well.
 
     The state holds all keys and values, so a step costs time and memory in proportion to the elements read so far, or
-    to the window. Packed sequences and ragged states use a mask of (B, L, T + L) bits.
+    to the window. A step writes its key and value in place; a full cache is copied to one half as large again. Packed
+    sequences and ragged states use a mask of (B, L, T + L) bits.
 
     Args:
         d_model: width of input and output.
@@ -100,27 +110,45 @@ class Attention(SequenceMixer):
         lengths: Tensor | None = None,
         return_state: bool = False,
     ) -> tuple[Tensor, AttentionState | None]:
-        heads = self.in_proj(x).unflatten(-1, (self.n_heads + 2 * self.n_kv_heads, self.d_head))
-        queries, keys, values = heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=2)
-        real = None
+        queries, keys, values = self._project(x)
+        real, start, before = None, 0, 0
         if state is not None:
-            self._check_state(state, keys)
-            keys = torch.cat([state.keys.to(keys.dtype), keys], dim=1)
-            values = torch.cat([state.values.to(values.dtype), values], dim=1)
-            real = None if state.real is None else F.pad(state.real.bool(), (0, x.shape[1]), value=True)
+            start, before = state.start, state.length
+            real = None if state.real is None else F.pad(state.real[:, :before].bool(), (0, x.shape[1]), value=True)
+        positions = torch.arange(start + before, start + before + x.shape[1], device=x.device)
+        queries, keys = self._turn(queries, positions), self._turn(keys, positions)
+        if state is not None:
+            keys = torch.cat([state.keys[:, :before].to(keys.dtype), keys], dim=1)
+            values = torch.cat([state.values[:, :before].to(values.dtype), values], dim=1)
         segments = None if seq_idx is None else _segments(seq_idx, keys.shape[1])
 
         visible = self._visible(x, keys.shape[1], segments, real)
-        y = F.scaled_dot_product_attention(
-            self._rotate(queries, keys.shape[1] - x.shape[1]).transpose(1, 2),
-            self._rotate(keys, 0).transpose(1, 2),
-            values.transpose(1, 2),
-            attn_mask=visible,
-            is_causal=visible is None and x.shape[1] > 1,
-            enable_gqa=self.n_kv_heads != self.n_heads,
+        y = self._attend(queries, keys, values, visible, visible is None and x.shape[1] > 1)
+        if not return_state:
+            return y, None
+        return y, self._remember(AttentionState(keys, values, real, start=start), segments, lengths, x.shape[1])
+
+    def step(self, x_t: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
+        """One element; time and memory in proportion to what is kept. Without gradients the cache is written in place.
+
+        The given state then shares its memory with the one returned, and still ends where it did.
+        """
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x_t, state.keys, self.in_proj.weight)):
+            return super().step(x_t, state)
+        query, key, value = self._project(x_t.unsqueeze(1))
+        state = self._with_room(state, key.dtype)
+        place, end = state.length, state.length + 1
+        position = torch.full((1,), state.start + place, device=x_t.device)
+        state.keys[:, place:end], state.values[:, place:end] = self._turn(key, position), value
+        first = 0 if self.window is None else max(0, end - self.window)
+        visible = None
+        if state.real is not None:
+            state.real[:, place] = True
+            visible = state.real[:, None, None, first:end].bool()
+        y = self._attend(
+            self._turn(query, position), state.keys[:, first:end], state.values[:, first:end], visible, False
         )
-        y = self.out_proj(y.transpose(1, 2).flatten(2))
-        return y, self._remember(keys, values, real, segments, lengths, x.shape[1]) if return_state else None
+        return y.squeeze(1), replace(state, used=end)
 
     def init_state(self, batch_size: int, *, device: Any = None, dtype: torch.dtype | None = None) -> AttentionState:
         """An empty cache: keys and values (batch_size, 0, G, P)."""
@@ -128,6 +156,31 @@ class Attention(SequenceMixer):
         device = weight.device if device is None else device
         empty = torch.zeros(batch_size, 0, self.n_kv_heads, self.d_head, device=device, dtype=dtype or weight.dtype)
         return AttentionState(empty, empty.clone())
+
+    def check_state(self, name: str, state: Any, x: Tensor) -> None:
+        check_state_kind(name, state, AttentionState, x)
+        if state.keys.shape[2:] != (self.n_kv_heads, self.d_head):
+            raise ValueError(
+                f"{name}: the state's keys are {tuple(state.keys.shape)}, expected (batch, any, "
+                f"n_kv_heads={self.n_kv_heads}, d_head={self.d_head}); make it with this mixer's init_state"
+            )
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries (B, L, H, P), keys and values (B, L, G, P)."""
+        heads = self.in_proj(x).unflatten(-1, (self.n_heads + 2 * self.n_kv_heads, self.d_head))
+        return heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=2)
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, causal: bool) -> Tensor:
+        """The output (B, L, d_model) of queries (B, L, H, P) over keys and values (B, T, G, P)."""
+        y = F.scaled_dot_product_attention(
+            queries.transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=visible,
+            is_causal=causal,
+            enable_gqa=self.n_kv_heads != self.n_heads,
+        )
+        return self.out_proj(y.transpose(1, 2).flatten(2))
 
     def _visible(self, x: Tensor, total: int, segments: Tensor | None, real: Tensor | None) -> Tensor | None:
         """Which of ``total`` keys each query of x (B, L, D) sees, (1 or B, 1, L, total) bool.
@@ -153,62 +206,57 @@ class Attention(SequenceMixer):
             visible = visible & (real[:, None, None, :] | (key == query))
         return visible
 
-    def _rotate(self, heads: Tensor, start: int) -> Tensor:
-        """Queries or keys (B, L, heads, P) turned by the angles of the positions from ``start`` on, in float32."""
+    def _turn(self, heads: Tensor, positions: Tensor) -> Tensor:
+        """Queries or keys (B, L, heads, P) turned by the angles of ``positions`` (L,) or (B, L) integers."""
         if self.d_rotary == 0:
             return heads
         wide = torch.promote_types(heads.dtype, torch.float32)
         half = self.d_rotary // 2
-        channel = torch.arange(half, device=heads.device, dtype=wide)
-        position = torch.arange(start, start + heads.shape[1], device=heads.device, dtype=wide)
-        angle = position[:, None, None] * self.rotary_base ** (-channel / half)
-        cos, sin = angle.cos(), angle.sin()
+        # Positions of long sequences times the fastest angle: in float32 the rest of 2 pi would be lost.
+        rate = self.rotary_base ** (-torch.arange(half, device=heads.device, dtype=torch.float64) / half)
+        angle = positions[..., None, None] * rate
+        cos, sin = angle.cos().to(wide), angle.sin().to(wide)
         first, second, rest = heads.split([half, half, self.d_head - self.d_rotary], dim=-1)
         first, second = first.to(wide), second.to(wide)
         turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
         return torch.cat([turned.to(heads.dtype), rest], dim=-1)
 
     def _remember(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        real: Tensor | None,
-        segments: Tensor | None,
-        lengths: Tensor | None,
-        length: int,
+        self, state: AttentionState, segments: Tensor | None, lengths: Tensor | None, length: int
     ) -> AttentionState:
         """The cache after ``length`` new elements, of which row b has ``lengths[b]``: the newest of each row last."""
-        total = keys.shape[1]
+        keys, values, real, total = state.keys, state.values, state.real, state.length
         if segments is not None:
             last = segments == segments[:, -1:]
             real = last if real is None else real & last
         if lengths is not None:
-            place = torch.arange(total, device=keys.device) + (lengths - length).unsqueeze(1)
+            shift = (length - lengths).unsqueeze(1)
+            place = torch.arange(total, device=keys.device) - shift
             inside = place.clamp(min=0)
             keys, values = (t.gather(1, inside[:, :, None, None].expand(-1, -1, *t.shape[2:])) for t in (keys, values))
+            keys = self._turn(keys, shift)
             real = (place >= 0) if real is None else (place >= 0) & real.gather(1, inside)
         first = 0 if self.window is None else max(0, total - self.window + 1)
         # Copies: what is kept must not keep the longer tensors alive from which it was cut.
         keys, values = keys[:, first:].clone(), values[:, first:].clone()
-        return AttentionState(keys, values, None if real is None else real[:, first:])
+        return AttentionState(keys, values, None if real is None else real[:, first:], start=state.start + first)
 
-    def _check_state(self, state: Any, keys: Tensor) -> None:
-        """Raise unless ``state`` is one of this mixer's, for the batch and on the device of keys (B, L, G, P)."""
-        if not isinstance(state, AttentionState):
-            raise TypeError(
-                f"Attention: state is a {type(state).__name__}, expected the AttentionState of init_state or "
-                "return_state=True"
-            )
-        got, want = state.keys.shape, keys.shape
-        if (got[0], *got[2:]) != (want[0], *want[2:]):
-            raise ValueError(
-                f"Attention: the state's keys are {tuple(got)}, expected (batch={want[0]}, any, n_kv_heads={want[2]}, "
-                f"d_head={want[3]}); make it with init_state({want[0]})"
-            )
-        if state.keys.device != keys.device:
-            raise ValueError(
-                f"Attention: the state is on {state.keys.device}, x on {keys.device}; move it by state.to(x.device)"
-            )
+    def _with_room(self, state: AttentionState, dtype: torch.dtype) -> AttentionState:
+        """The state, or a copy of what its window still needs, in ``dtype`` and with room for another element."""
+        used = state.length
+        if used < state.keys.shape[1] and state.keys.dtype == dtype:
+            return state
+        kept = used if self.window is None else min(used, self.window - 1)
+        room = max(ROOM, kept // 2)
+
+        def grown(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+            new = tensor.new_zeros(len(tensor), kept + room, *tensor.shape[2:], dtype=dtype)
+            new[:, :kept] = tensor[:, used - kept : used]
+            return new
+
+        real = None if state.real is None else grown(state.real, torch.bool)
+        keys, values = grown(state.keys, dtype), grown(state.values, dtype)
+        return AttentionState(keys, values, real, kept, state.start + used - kept)
 
 
 def _segments(seq_idx: Tensor, total: int) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,10 +87,12 @@ class SequenceMixer(nn.Module):
             y (B, L, d_model) in x's dtype (autocast's under autocast), or ``(y, state)``.
 
         Raises:
-            ValueError, TypeError: a wrong shape or dtype, named.
+            ValueError, TypeError: a wrong shape, dtype or state, named.
         """
         name = type(self).__name__
         check_sequence(name, x, self.d_model, seq_idx, mask)
+        if state is not None:
+            self.check_state(name, state, x)
         if mask is None:
             y, state = self.mix(x, state=state, seq_idx=seq_idx, return_state=return_state)
         else:
@@ -123,6 +125,18 @@ class SequenceMixer(nn.Module):
     def init_state(self, batch_size: int, *, device: Any = None, dtype: torch.dtype | None = None) -> Any:
         """The state before the first element. ``device`` and ``dtype`` default to the parameters'."""
         raise TypeError(f"{type(self).__name__} does not define init_state(), which every SequenceMixer must")
+
+    def check_state(self, name: str, state: Any, x: Tensor) -> None:
+        """Raise, calling this mixer ``name``, unless ``state`` is one of its own, with x's rows, on x's device."""
+        like = self.init_state(1, device="meta")
+        check_state_kind(name, state, type(like), x)
+        for tensor, own in zip(state.tensors(), like.tensors(), strict=False):
+            if tensor.shape[1:] != own.shape[1:]:
+                raise ValueError(
+                    f"{name}: the state has a tensor {tuple(tensor.shape)}, expected (batch, "
+                    f"{', '.join(map(str, own.shape[1:]))}); it is of a mixer of other sizes, make it with this one's "
+                    "init_state"
+                )
 
     def step(self, x_t: Tensor, state: Any) -> tuple[Tensor, Any]:
         """One element: x_t (B, d_model) to ``(y_t (B, d_model), state)``.
@@ -176,6 +190,23 @@ def check_sequence(name: str, x: Tensor, d_model: int, seq_idx: Tensor | None, m
             )
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"{name}: mask has dtype {mask.dtype}, expected bool, True at real elements (mask.bool())")
+
+
+def check_state_kind(name: str, state: Any, kind: type, x: Tensor) -> None:
+    """Raise unless ``state`` is a ``kind`` of x's rows, on x's device."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"{name}: state is a {type(state).__name__}, expected the {kind.__name__} of init_state or "
+            "return_state=True"
+        )
+    for tensor in cast(State, state).tensors():
+        if len(tensor) != len(x):
+            raise ValueError(
+                f"{name}: the state is of batch size {len(tensor)}, x of {len(x)}; make it with "
+                f"init_state({len(x)}), or choose rows by state.index_select"
+            )
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: the state is on {tensor.device}, x on {x.device}; move it by state.to(x.device)")
 
 
 def last_inputs(

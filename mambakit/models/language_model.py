@@ -19,12 +19,22 @@ class LanguageModel(nn.Module):
         vocab_size: V, number of token ids.
         backbone: the stack; its embedding is made here.
         tie_embeddings: embedding and head share one (V, d_model) matrix.
+
+    Raises:
+        ValueError: a vocabulary below 1, or a mixer that is not causal.
     """
 
     def __init__(self, vocab_size: int, backbone: Backbone, tie_embeddings: bool = True) -> None:
         super().__init__()
         if vocab_size < 1:
             raise ValueError(f"LanguageModel: vocab_size={vocab_size}, expected at least 1")
+        for i, layer in enumerate(backbone.layers):
+            mixer: Any = layer.mixer
+            if not mixer.causal:
+                raise ValueError(
+                    f"LanguageModel: the mixer of layer {i}, {type(mixer).__name__}, sees later tokens as well, "
+                    "so it would read what it is to predict; choose a causal mixer, such as mamba1 or attention"
+                )
         self.vocab_size = vocab_size
         self.backbone = backbone
         self.backbone.embedding = embedding = TokenEmbedding(vocab_size, backbone.d_model)

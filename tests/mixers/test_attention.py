@@ -8,6 +8,7 @@ import torch
 
 from mambakit.kernels.testing import assert_close
 from mambakit.mixers import Attention
+from mambakit.mixers.attention import ROOM, AttentionState
 
 
 def by_loops(model, x, window=None):
@@ -82,14 +83,58 @@ def test_against_llama():
 @torch.no_grad()
 def test_the_cache_of_a_window_stops_growing():
     model = Attention(8, n_heads=2, window=4)
-    state, sizes = model.init_state(1), []
-    for x_t in torch.randn(7, 1, 8):
+    state, sizes = model.init_state(1), set()
+    for x_t in torch.randn(3 * ROOM, 1, 8):
         _, state = model.step(x_t, state)
-        sizes.append(state.keys.shape[1])
-    assert sizes == [1, 2, 3, 3, 3, 3, 3]
+        sizes.add(state.keys.shape[1])
+    assert sizes == {ROOM, ROOM + 3}
     _, state = model(torch.randn(1, 100, 8), return_state=True)
     assert state.keys.shape == (1, 3, 2, 4)
     assert state.keys.untyped_storage().nbytes() == 4 * state.keys.numel(), "a cut cache keeps what it was cut from"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"window": 100}], ids=["all", "window"])
+def test_the_cache_is_copied_seldom(options):
+    """Thousand steps, a dozen copies; in between a step writes into the memory it was given."""
+    model = Attention(8, n_heads=2, **options)
+    x, state, places = torch.randn(1, 1000, 8), model.init_state(1), []
+    want = model(x)
+    for t in range(1000):
+        y_t, state = model.step(x[:, t], state)
+        if not places or places[-1] != state.keys.data_ptr():
+            places.append(state.keys.data_ptr())
+        if t % 111 == 0 or t == 999:
+            assert_close(f"step {t}", y_t, want[:, t], 1e-5)
+    assert len(places) <= 16
+
+
+@torch.no_grad()
+def test_an_older_state_still_ends_where_it_did():
+    """The state before a step shares memory with that after it: read on from there, it gives the same again."""
+    model, x = Attention(8, n_heads=2), torch.randn(1, 4, 8)
+    _, state = model.step(x[:, 0], model.init_state(1))
+    first, _ = model.step(x[:, 1], state)
+    again, _ = model.step(x[:, 1], state)
+    assert torch.equal(first, again) and state.length == 1
+    assert_close("another", model.step(x[:, 3], state)[0], model(x[:, [0, 3]])[:, 1], 1e-6)
+
+
+@torch.no_grad()
+def test_far_positions():
+    """Distances decide: a sequence that begins a hundred million elements later has the same outputs."""
+    model, x = Attention(8, n_heads=2), torch.randn(1, 6, 8)
+    empty = model.init_state(1)
+    far = AttentionState(empty.keys, empty.values, start=100_000_000)
+    assert_close("outputs", model(x, state=far), model(x), 1e-5)
+
+
+@torch.no_grad()
+def test_the_cache_takes_the_computing_dtype():
+    model, state = Attention(8, n_heads=2), Attention(8, n_heads=2).init_state(1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, state = model.step(torch.randn(1, 8), state)
+    assert state.keys.dtype == torch.bfloat16
 
 
 def test_gradients_reach_a_filled_cache():
@@ -103,7 +148,7 @@ def test_gradients_reach_a_filled_cache():
     leaves = [state.keys.detach().requires_grad_(), state.values.detach().requires_grad_()]
 
     def function(x, keys, values):
-        y, end = model(x, state=type(state)(keys, values, state.real), return_state=True)
+        y, end = model(x, state=AttentionState(keys, values, state.real), return_state=True)
         return y, end.keys, end.values
 
     assert torch.autograd.gradcheck(function, (x, *leaves), fast_mode=True)
@@ -160,7 +205,9 @@ def test_a_state_of_another_kind_or_batch():
     model, x = Attention(8, n_heads=2), torch.randn(2, 3, 8)
     with pytest.raises(TypeError, match="Mamba1State.*AttentionState"):
         model(x, state=Mamba1(8).init_state(2))
-    with pytest.raises(ValueError, match=r"\(3, 0, 2, 4\).*batch=2"):
+    with pytest.raises(ValueError, match=r"batch size 3, x of 2"):
         model(x, state=model.init_state(3))
+    with pytest.raises(ValueError, match=r"\(2, 0, 1, 8\).*n_kv_heads=2, d_head=4"):
+        model(x, state=Attention(8, n_heads=1).init_state(2))
     with pytest.raises(ValueError, match="meta.*cpu"):
         model(x, state=model.init_state(2, device="meta"))
