@@ -64,10 +64,46 @@ def test_unknown_command(fails):
         ("--seed_evrything=3", "(did you mean seed_everything?)"),
         ("--data.batch_size=many", "--data.batch_size: expected int; got many"),
         ("--model.backbone.mixer=mamb1", "(did you mean mamba1?)"),
+        ("--model.backbone.mixer=mambakit.mixers.Mamba", "no class mambakit.mixers.Mamba (did you mean Mamba"),
+        ("--model.backbone.mixer=torch.nn.Linear", "--model.backbone.mixer: torch.nn.Linear is not a SequenceMixer"),
+        ("--model.backbone.mlp=swigul", "(did you mean swiglu?)"),
     ],
 )
 def test_misspelt_option(fails, option, named):
     assert named in fails("fit", *TINY, option)
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        (
+            "hedim=3",
+            "--model.backbone.mixer.hedim: mambakit.mixers.Mamba2 has no option 'hedim' (did you mean headdim?)",
+        ),
+        ("headdim=x", "--model.backbone.mixer.headdim: expected int; got x"),
+        ("headdim=3", "mambakit: Mamba2: headdim=3 does not divide the 32 channels"),
+    ],
+)
+def test_option_of_a_mixer(fails, option, named):
+    error = fails("fit", *TINY, "--model.backbone.mixer=mambakit.mixers.Mamba2", f"--model.backbone.mixer.{option}")
+    assert named in error and "Namespace" not in error
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ("--model.backbone.n_layers=0", "mambakit: Backbone: n_layers=0, expected at least 1"),
+        (
+            "--model.backbone.pattern=ma",
+            "mambakit: Backbone: pattern='ma' has 2 letters, expected a number that divides",
+        ),
+        ("--model.backbone.pattern=q", "mambakit: Backbone: pattern='q' has 'q' at place 0"),
+    ],
+)
+def test_what_a_backbone_refuses(fails, option, named):
+    """One sentence, not the report around it."""
+    error = fails("fit", *TINY, option)
+    assert error.startswith(named) and "Namespace" not in error and "Union" not in error
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ def one_sentence(error: Exception) -> str:
     """The error in one line. One that nobody here has worded is called by its class, and points to --traceback."""
     if isinstance(error, ArgumentError):
         return explain(error.message)
+    if str(error).startswith(_FRAMES):  # what a class refused when jsonargparse made an object of it
+        return explain(str(error))
     text = " ".join(str(error).split())
     if isinstance(error, (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError)) and text:
         return text
@@ -51,7 +53,9 @@ def explain(message: str, keys: Iterable[str] = ()) -> str:
         return _unknown(match[1], keys)
     if match := re.search(r"module '([^']+)' has no attribute '([^']+)'", cause):
         names = dir(importlib.import_module(match[1]))
-        return f"--{'.'.join(path)}: there is no class {class_path}{did_you_mean(match[2], names)}"
+        return f"--{'.'.join(path)}: there is no class {match[1]}.{match[2]}{did_you_mean(match[2], names)}"
+    if match := re.search(r"Expected '([^']+)' to be a subclass of <class '(?:\w+\.)*(\w+)'>", cause):
+        return f"--{'.'.join(path)}: {match[1]} is not a {match[2]}"
     if match := re.search(r"arguments are required: (.+)", cause):
         missing = [name.split(".")[-1] for name in match[1].split(", ")]
         where = f"--{'.'.join(path)}: {class_path} needs" if path else "this command needs"
@@ -81,6 +85,12 @@ def _read_tree(message: str) -> tuple[list[str], str, list[str], str]:
     class_path = ""
     for line in message.splitlines():
         line = line.strip().removeprefix("- ")
+        if match := re.match(r"Type .*Callable\[.* expects a function or a callable class: (.*)", line):
+            line = match[1]
+            if not line.startswith("Expected a dot import"):  # a class was found: it is not meant as one of the names
+                causes.clear()
+        if match := re.match(r"(.*?)\.* Got value: Namespace\(class_path='([^']+)'", line):
+            line, class_path = match[1], match[2]
         if match := re.match(r'Parser key "([^"]+)":\s*(.*)', line):
             path.append(match[1])
             line = match[2]
