@@ -4,6 +4,7 @@ from mambakit.mixers.attention import Attention, AttentionState
 from mambakit.mixers.base import SequenceMixer, State
 from mambakit.mixers.mamba1 import Mamba1, Mamba1State
 from mambakit.mixers.mamba2 import Mamba2, Mamba2State
+from mambakit.mixers.mamba3 import Mamba3, Mamba3State
 from mambakit.mixers.s4d import DSS, S4D, S4DState
 from mambakit.mixers.s5 import S5, S5State
 
@@ -17,6 +18,8 @@ __all__ = [
     "Mamba1State",
     "Mamba2",
     "Mamba2State",
+    "Mamba3",
+    "Mamba3State",
     "S4DState",
     "S5State",
     "SequenceMixer",

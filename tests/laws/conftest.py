@@ -9,7 +9,7 @@ import torch
 
 from mambakit import Backbone
 from mambakit.kernels.testing import random_tensor
-from mambakit.mixers import DSS, S4D, S5, Attention, Mamba1, Mamba2
+from mambakit.mixers import DSS, S4D, S5, Attention, Mamba1, Mamba2, Mamba3
 from mambakit.mlp import SwiGLU
 
 D_MODEL = 8
@@ -45,6 +45,14 @@ CASES = [
         "mamba2-no-norm-beside-mlp",
         partial(Mamba2, d_state=2, expand=3, headdim=2, d_ssm=4, rmsnorm=False, conv_bias=False, conv_init=0.5),
     ),
+    Case("mamba3", partial(Mamba3, d_state=4, headdim=4, chunk_size=4)),
+    Case(
+        "mamba3-groups-norm",
+        partial(
+            Mamba3, d_state=4, headdim=2, ngroups=2, rope_fraction=1.0, is_outproj_norm=True, a_activation="softplus"
+        ),
+    ),
+    Case("mamba3-mimo", partial(Mamba3, d_state=4, headdim=4, is_mimo=True, mimo_rank=2)),
     Case("attention", partial(Attention, n_heads=1), grows=True),
     Case("attention-window", partial(Attention, n_heads=4, n_kv_heads=2, d_head=3, window=6, bias=True), grows=True),
     Case(
