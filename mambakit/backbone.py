@@ -19,7 +19,7 @@ from mambakit.kernels import rms_norm
 from mambakit.mixers.base import RightPadded, SequenceMixer, State, check_sequence, check_state_kind
 from mambakit.mlp import Experts, MixtureOfExperts, MLPName, mlp_factory
 
-MixerName = Literal["mamba1", "mamba2", "mamba3", "s4d", "dss", "s5", "attention"]
+MixerName = Literal["mamba1", "mamba2", "mamba3", "s4d", "dss", "s5", "attention", "bidirectional", "vim"]
 MIXER_HOMES = {
     "mamba1": "mambakit.mixers.mamba1:Mamba1",
     "mamba2": "mambakit.mixers.mamba2:Mamba2",
@@ -28,6 +28,8 @@ MIXER_HOMES = {
     "dss": "mambakit.mixers.s4d:DSS",
     "s5": "mambakit.mixers.s5:S5",
     "attention": "mambakit.mixers.attention:Attention",
+    "bidirectional": "mambakit.mixers.bidirectional:Bidirectional",
+    "vim": "mambakit.mixers.vim:VimMixer",
 }
 LETTERS = {"a": "attention", "2": "mamba2", "3": "mamba3"}
 

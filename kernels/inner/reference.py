@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,7 +34,7 @@ def mamba_inner(
 ) -> tuple[Tensor, Tensor]:
     """out (B, L, d_model) and the final state (B, D, N)."""
     x, z = xz.chunk(2, dim=-1)
-    options = {"seq_idx": seq_idx, "reverse": reverse, "backend": "reference"}
+    options: dict[str, Any] = {"seq_idx": seq_idx, "reverse": reverse, "backend": "reference"}
     u = causal_conv1d(x, conv_weight, conv_bias, "silu", initial_state=conv_state, **options)
     d_state = A.shape[1]
     dt, B, C = F.linear(u, x_proj_weight.to(u.dtype)).split([dt_proj_weight.shape[1], d_state, d_state], dim=-1)

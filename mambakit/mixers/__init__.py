@@ -1,12 +1,14 @@
 """Sequence mixers, one file each, one protocol (:mod:`mambakit.mixers.base`)."""
 
 from mambakit.mixers.attention import Attention, AttentionState
-from mambakit.mixers.base import SequenceMixer, State
+from mambakit.mixers.base import NonCausal, SequenceMixer, State
+from mambakit.mixers.bidirectional import Bidirectional
 from mambakit.mixers.mamba1 import Mamba1, Mamba1State
 from mambakit.mixers.mamba2 import Mamba2, Mamba2State
 from mambakit.mixers.mamba3 import Mamba3, Mamba3State
 from mambakit.mixers.s4d import DSS, S4D, S4DState
 from mambakit.mixers.s5 import S5, S5State
+from mambakit.mixers.vim import VimMixer
 
 __all__ = [
     "DSS",
@@ -14,14 +16,17 @@ __all__ = [
     "S5",
     "Attention",
     "AttentionState",
+    "Bidirectional",
     "Mamba1",
     "Mamba1State",
     "Mamba2",
     "Mamba2State",
     "Mamba3",
     "Mamba3State",
+    "NonCausal",
     "S4DState",
     "S5State",
     "SequenceMixer",
     "State",
+    "VimMixer",
 ]

@@ -63,6 +63,9 @@ class SequenceMixer(nn.Module):
 
     d_model: int
     causal: ClassVar[bool] = True  # False: an output sees later elements too, so that there is no state and no step
+    reverses: ClassVar[bool] = (
+        False  # whether ``mix`` takes ``reverse=True``: from each row's last element to its first
+    )
 
     def forward(
         self,
@@ -146,6 +149,47 @@ class SequenceMixer(nn.Module):
         """
         y, state = self.mix(x_t.unsqueeze(1), state=state, return_state=True)
         return y.squeeze(1), state
+
+
+class NonCausal(SequenceMixer):
+    """A mixer whose outputs see later elements as well, so that there is nothing to continue from, and no step.
+
+    A subclass writes :meth:`mix_all` in place of ``mix``; whatever asks for a state is refused here.
+    """
+
+    causal = False
+
+    def mix_all(self, x: Tensor, *, seq_idx: Tensor | None, lengths: Tensor | None) -> Tensor:
+        """``mix`` of whole sequences: y (B, L, d_model)."""
+        raise TypeError(f"{type(self).__name__} does not define mix_all(), which every NonCausal mixer must")
+
+    def mix(
+        self,
+        x: Tensor,
+        *,
+        state: Any = None,
+        seq_idx: Tensor | None = None,
+        lengths: Tensor | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, None]:
+        if state is not None or return_state:
+            raise self._refusal("state" if state is not None else "return_state=True")
+        return self.mix_all(x, seq_idx=seq_idx, lengths=lengths), None
+
+    def init_state(self, batch_size: int, *, device: Any = None, dtype: torch.dtype | None = None) -> Any:
+        raise self._refusal("init_state")
+
+    def check_state(self, name: str, state: Any, x: Tensor) -> None:
+        raise self._refusal("state")
+
+    def step(self, x_t: Tensor, state: Any) -> tuple[Tensor, Any]:
+        raise self._refusal("step")
+
+    def _refusal(self, asked: str) -> ValueError:
+        return ValueError(
+            f"{type(self).__name__}: {asked} is asked for, but outputs here see later elements as well, so there is no "
+            "state; give whole sequences, or take a causal mixer such as mamba1"
+        )
 
 
 class RightPadded:

@@ -69,6 +69,8 @@ class Mamba1(SequenceMixer):
         b_c_dt_rms_eps: epsilon of those norms.
     """
 
+    reverses = True
+
     def __init__(
         self,
         d_model: int,

@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
 from mambakit import Backbone
 from mambakit.kernels.testing import random_tensor
-from mambakit.mixers import DSS, S4D, S5, Attention, Mamba1, Mamba2, Mamba3
+from mambakit.mixers import DSS, S4D, S5, Attention, Bidirectional, Mamba1, Mamba2, Mamba3, VimMixer
 from mambakit.mlp import SwiGLU
 
 D_MODEL = 8
@@ -19,6 +20,7 @@ D_MODEL = 8
 class Case:
     """A sequence model under test.
 
+    ``causal``: False where outputs see later elements too; laws about a state are skipped then, which has none.
     ``grows``: its state does so with the sequence, as a cache of keys and values. ``exact``: no rounding passes
     between elements that do not concern each other, as an FFT's does.
     """
@@ -66,6 +68,25 @@ CASES = [
     Case("dss", partial(DSS, d_state=4, dt_min=0.05), exact=False),
     Case("s5", partial(S5, d_state=4, dt_min=0.1, dt_max=1.0)),
     Case("s5-blocks", partial(S5, d_state=8, blocks=2, rate=8.0, lr=1e-3)),
+    Case("vim", partial(VimMixer, d_state=3), causal=False),
+    Case("vim-bias-sum", partial(VimMixer, d_state=2, d_conv=3, expand=3, bias=True, divide_out=False), causal=False),
+    Case("bidirectional-mamba1", partial(Bidirectional, mixer=partial(Mamba1, d_state=2, bias=True)), causal=False),
+    Case(
+        "bidirectional-caduceus",
+        partial(Bidirectional, mixer=partial(Mamba1, d_state=2, bias=True), tie="projections"),
+        causal=False,
+    ),
+    Case(
+        "bidirectional-multiply-tied",
+        partial(Bidirectional, mixer=partial(Mamba1, d_state=3), strategy="multiply", tie="all"),
+        causal=False,
+    ),
+    Case(
+        "bidirectional-mamba2",
+        partial(Bidirectional, mixer=partial(Mamba2, d_state=2, headdim=2, chunk_size=4), tie="projections"),
+        causal=False,
+    ),
+    Case("backbone-vim", partial(Backbone, n_layers=2, mixer=partial(VimMixer, d_state=2)), causal=False),
     Case("backbone-mamba1", partial(Backbone, n_layers=2, mixer=partial(Mamba1, d_state=4))),
 ]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -74,6 +95,13 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 @pytest.fixture(params=CASES, ids=lambda case: case.name)
 def case(request):
     return request.param
+
+
+@pytest.fixture
+def stateful(case):
+    """For laws about a state: nothing to hold where a model hears both directions and has none."""
+    if not case.causal:
+        pytest.skip("not causal: there is no state, and test_no_state asks that whatever wants one is refused")
 
 
 @pytest.fixture(params=DEVICES)
@@ -90,6 +118,13 @@ class Bench:
     dtype: torch.dtype
     tolerance: float
     grows: bool
+    causal: bool
+
+    def run(self, x: torch.Tensor, **options: Any) -> tuple[torch.Tensor, Any]:
+        """The outputs and the state after them; no state where the model is not causal."""
+        if self.causal:
+            return self.model(x, return_state=True, **options)
+        return self.model(x, **options), None
 
     def x(self, batch: int, length: int, seed: int = 0) -> torch.Tensor:
         return random_tensor(batch, length, D_MODEL, seed=seed, dtype=self.dtype, device=self.device)
@@ -107,4 +142,4 @@ def bench(case, device):
                 parameter.add_(3.0)
             elif name.endswith((".bias", "D", "norm.weight")):
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    return Bench(model, device, dtype, tolerance, case.grows)
+    return Bench(model, device, dtype, tolerance, case.grows, case.causal)

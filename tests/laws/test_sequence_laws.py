@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mambakit.backbone import BackboneState
 from mambakit.kernels.testing import assert_close, poisoned_memory
 
 
@@ -22,7 +23,10 @@ def check_states(bench, got, want):
     """Both states remember the same, row by row: equal tensors, or, where a state grows, the same next outputs.
 
     A state that grows may hold one memory in two layouts: a row that was padded has gaps that a row alone has not.
+    Where a model is not causal there is none to compare.
     """
+    if not bench.causal:
+        return
     if bench.grows:
         probe = bench.x(len(want.tensors()[0]), 3, seed=17)
         assert_close("next", bench.model(probe, state=got), bench.model(probe, state=want), bench.tolerance)
@@ -31,6 +35,7 @@ def check_states(bench, got, want):
         assert_close("state", one, other, bench.tolerance)
 
 
+@pytest.mark.usefixtures("stateful")
 @pytest.mark.parametrize("cut", [1, 2, 8, 18])
 def test_split(bench, cut):
     """Two pieces joined by the state give the whole, in outputs and in every gradient."""
@@ -43,6 +48,7 @@ def test_split(bench, cut):
     check_gradients(gradients(bench.model, joined, x), gradients(bench.model, whole, x), bench.tolerance)
 
 
+@pytest.mark.usefixtures("stateful")
 def test_split_states_agree(bench):
     x = bench.x(2, 13)
     _, whole = bench.model(x, return_state=True)
@@ -57,10 +63,10 @@ def test_packing(bench, lengths):
     x = bench.x(2, sum(lengths)).requires_grad_()
     seq_idx = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).int()
     seq_idx = seq_idx.to(bench.device).expand(2, -1)
-    packed, packed_state = bench.model(x, seq_idx=seq_idx, return_state=True)
+    packed, packed_state = bench.run(x, seq_idx=seq_idx)
     alone = []
     for piece in x.split(lengths, dim=1):
-        y, alone_state = bench.model(piece, return_state=True)
+        y, alone_state = bench.run(piece)
         alone.append(y)
     alone = torch.cat(alone, dim=1)
     assert_close("outputs", packed, alone, bench.tolerance)
@@ -82,17 +88,19 @@ def test_padding(bench, side):
         }
         mask[row, places[side]] = True
     mask = mask.to(bench.device)
-    padded, state = bench.model(x, mask=mask, return_state=True)
+    padded, state = bench.run(x, mask=mask)
     assert bool((padded[~mask] == 0).all())
     alone = torch.zeros_like(padded)
     for row in range(3):
-        y, row_state = bench.model(x[row : row + 1, mask[row]], return_state=True)
+        y, row_state = bench.run(x[row : row + 1, mask[row]])
         alone = alone.index_put((torch.tensor(row, device=x.device), mask[row].nonzero().squeeze(1)), y[0])
-        check_states(bench, state.index_select(torch.tensor([row], device=x.device)), row_state)
+        own = None if state is None else state.index_select(torch.tensor([row], device=x.device))
+        check_states(bench, own, row_state)
     assert_close("outputs", padded, alone, bench.tolerance)
     check_gradients(gradients(bench.model, padded, x), gradients(bench.model, alone, x), bench.tolerance)
 
 
+@pytest.mark.usefixtures("stateful")
 def test_padding_continues_a_state(bench):
     """A left-padded continuation (a second prompt after a first) equals the unpadded one."""
     first, second = bench.x(2, 6), bench.x(2, 7, seed=5)
@@ -112,12 +120,13 @@ def test_padding_with_packing(bench):
     seq_idx = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2]], dtype=torch.int32, device=bench.device)
     mask = torch.tensor([[True, True, True, True, True, False, False, False]], device=bench.device)
     x = x.masked_fill(~mask.unsqueeze(-1), float("nan"))  # whatever lies under padding must not come through
-    y, state = bench.model(x, seq_idx=seq_idx, mask=mask, return_state=True)
-    want, want_state = bench.model(x[:, 3:5], return_state=True)
+    y, state = bench.run(x, seq_idx=seq_idx, mask=mask)
+    want, want_state = bench.run(x[:, 3:5])
     assert_close("outputs", y[:, 3:5], want, bench.tolerance)
     check_states(bench, state, want_state)
 
 
+@pytest.mark.usefixtures("stateful")
 @torch.no_grad()
 def test_step(bench):
     """Prefill and 64 single steps equal the full forward; so does continuing from there with several elements."""
@@ -133,6 +142,7 @@ def test_step(bench):
     assert_close("after the steps", tail, whole[:, 73:], bench.tolerance)
 
 
+@pytest.mark.usefixtures("stateful")
 @torch.no_grad()
 def test_step_from_nothing(bench):
     """init_state is the empty memory, and a step keeps the size of what it carries, where it does not grow."""
@@ -145,6 +155,7 @@ def test_step_from_nothing(bench):
     assert ([tensor.shape for tensor in state.tensors()] == sizes) is not bench.grows
 
 
+@pytest.mark.usefixtures("stateful")
 def test_step_has_gradients(bench):
     """Trap 7: a step taken with gradients on is differentiable and leaves its state alone."""
     x = bench.x(1, 2).requires_grad_()
@@ -171,6 +182,20 @@ def test_causal(bench, case):
     assert gradient[:, 5:].abs().max().item() <= allowed and bool((gradient[:, :5] != 0).any())
 
 
+def test_no_state(bench):
+    """A model that is not causal says so to whatever asks for its state."""
+    if bench.causal:
+        pytest.skip("causal: there is a state")
+    x = bench.x(1, 3)
+    for ask in (
+        lambda: bench.model(x, return_state=True),
+        lambda: bench.model.init_state(1),
+        lambda: bench.model.step(x[:, 0], BackboneState((None, None))),
+    ):
+        with pytest.raises(ValueError, match="later elements"):
+            ask()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("length", [1, 2, 17])
 def test_poison(bench, length):
@@ -178,9 +203,10 @@ def test_poison(bench, length):
     x = bench.x(1, length)
     want = bench.model(x)
     with poisoned_memory():
-        y, state = bench.model(x, return_state=True)
+        y, state = bench.run(x)
     assert_close("outputs", y, want, bench.tolerance)
-    assert all(bool(torch.isfinite(tensor).all()) for tensor in state.tensors())
+    kept = [] if state is None else state.tensors()
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in kept)
 
 
 @torch.no_grad()
@@ -191,6 +217,7 @@ def test_non_contiguous(bench):
     assert_close("outputs", bench.model(turned), bench.model(x), bench.tolerance)
 
 
+@pytest.mark.usefixtures("stateful")
 @torch.no_grad()
 def test_state_rows(bench):
     """States are cut and reordered by batch row without knowing the mixer."""

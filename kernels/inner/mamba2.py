@@ -1,0 +1,200 @@
+"""The inner path of the Mamba-2 block, forward and backward written by hand over the operators' implementations.
+
+What is kept for the backward, beside the arguments: y, the recurrence's output, of D numbers a token, and one number a
+token and group for its norm. On a GPU the convolution's output, the step sizes and the normed y are computed again,
+each in one pass over memory; y is not, because its gradient needs it ahead of the recurrence's own backward, which
+would be a second forward of it. In vectorised PyTorch those passes cost more, so there their results are kept.
+
+Letters: B batch, L length, D channels of the recurrence, E of the MLP beside it, K of the convolution, H heads, P
+channels a head, G groups, N state size, M d_model; T = B L tokens.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mambakit.kernels.inner.fused import weight_gradient
+from mambakit.kernels.inner.mamba2_reference import (
+    Arguments,
+    Options,
+    Sizes,
+    heads,
+    padding,
+    per_head,
+    sizes,
+    split,
+    weights_and_decays,
+)
+
+
+class Kept(NamedTuple):
+    """Results of the forward for the backward: y (T, D); the norm's rstd (T, G); the states that ssd keeps; the
+    convolution's output (B, L, K) and out_proj's input (T, E + D). Empty where there is none, or where it is computed
+    again.
+    """
+
+    y: Tensor
+    rstd: Tensor
+    starts: Tensor
+    xBC: Tensor
+    inputs: Tensor
+
+
+def implementations(backend: str) -> tuple[ModuleType, ModuleType, ModuleType]:
+    """The modules that hold the convolution, the recurrence and the norm. Triton loads here."""
+    if backend == "triton":
+        from mambakit.kernels.conv import triton_launch as conv
+        from mambakit.kernels.duality import triton_kernels as ssd
+        from mambakit.kernels.norm import triton_launch as norm
+    else:
+        from mambakit.kernels.conv import chunked as conv  # type: ignore[no-redef]
+        from mambakit.kernels.duality import chunked as ssd  # type: ignore[no-redef]
+        from mambakit.kernels.norm import chunked as norm  # type: ignore[no-redef]
+    return conv, ssd, norm
+
+
+def forward(given: Arguments, options: Options, backend: str) -> tuple[Tensor, Tensor, Kept]:
+    """out (B, L, M), the final state (B, H, P, N), and what the backward wants."""
+    conv, ssd, _ = implementations(backend)
+    size = sizes(given, options.ngroups)
+    xBC = _convolve(given, size, conv)
+    y, final_state, starts = ssd.ssd_forward(*_recurrence(given, options, size, xBC), options.chunk_size)
+    y = _tokens(y.flatten(2))
+    inputs, rstd = _out_proj_inputs(given, options, size, y, backend)
+    weight = given.out_proj_weight.to(y.dtype)
+    if given.out_proj_bias is None:
+        out = inputs @ weight.t()
+    else:
+        out = torch.addmm(given.out_proj_bias.to(y.dtype), inputs, weight.t())
+    nothing = y.new_empty(0)
+    again = backend == "triton"
+    # An operator may not return one tensor twice: without norm and MLP, out_proj's input is y.
+    kept = Kept(y, rstd, starts, nothing if again else xBC, nothing if again or inputs is y else inputs)
+    return out.view(*given.projected.shape[:2], -1), final_state, kept
+
+
+def backward(
+    dout: Tensor, dfinal_state: Tensor | None, given: Arguments, kept: Kept, options: Options, backend: str
+) -> Arguments:
+    """The gradients of ``given``, each with its argument's shape and dtype; None for seq_idx, lengths, and what is
+    not given.
+    """
+    conv, ssd, norm = implementations(backend)
+    size = sizes(given, options.ngroups)
+    dout = dout.reshape(-1, dout.shape[-1])
+    dinputs = dout @ given.out_proj_weight.to(dout.dtype)
+    # Each part is written where it belongs: putting them together would read and write them once more.
+    dprojected = torch.empty(given.projected.shape, dtype=given.projected.dtype, device=dout.device)
+    dgate, dvalue, dz, dxBC, ddt = split(dprojected, size)
+    gate, value, z, x_in, dt = split(given.projected, size)
+
+    if kept.inputs.numel():
+        inputs = kept.inputs
+    else:
+        inputs, _ = _out_proj_inputs(given, options, size, kept.y, backend)
+    dout_proj_weight = weight_gradient(dout, inputs, given.out_proj_weight)
+    del inputs
+    dy = dinputs[:, size.mlp :]
+    if size.mlp:
+        slope, gate, value = dinputs[:, : size.mlp].view(gate.shape), gate, value
+        dvalue.copy_(slope * F.silu(gate))
+        dgate.copy_(torch.ops.aten.silu_backward(slope * value, gate))
+    dnorm_weight = None
+    if given.norm_weight is not None:
+        grouping = (options.norm_before_gate, size.inner // size.groups)
+        dy, dz_tokens, dnorm_weight = norm.gated_rms_norm_backward(
+            dy, kept.y, _tokens(z), given.norm_weight, kept.rstd, *grouping
+        )
+        dz.copy_(dz_tokens.view(dz.shape))
+        del dz_tokens
+    xBC = kept.xBC if kept.xBC.numel() else _convolve(given, size, conv)
+    arguments = _recurrence(given, options, size, xBC)
+    dy = dy.reshape(*xBC.shape[:2], size.heads, size.channels)
+    dx, dsteps, ddecays, dB, dC, dD, dz_heads, dssm_state = ssd.ssd_backward(
+        dy, dfinal_state, *arguments, kept.starts, options.chunk_size
+    )
+    if dz_heads is not None:
+        dz.copy_(dz_heads.flatten(2))
+    steps = arguments[1]
+    del dy, dinputs, xBC, arguments, dz_heads  # of D numbers a token: gone as soon as they have served
+    dconvolved = torch.cat([dx.flatten(2), dB.flatten(2), dC.flatten(2)], dim=2)
+    del dx
+    _, dconv_weight, dconv_bias, dconv_state = conv.backward(
+        dconvolved, x_in, given.conv_weight, given.conv_bias, given.conv_state, given.seq_idx, True, False, dx=dxBC
+    )
+    dA = (ddecays * steps).sum((0, 1)).to(given.A.dtype)
+    draw = _raw_step_gradient(dsteps + ddecays * given.A, steps, given, dt, options)
+    ddt.copy_(draw)
+    return Arguments(
+        projected=dprojected,
+        conv_weight=dconv_weight,
+        conv_bias=dconv_bias,
+        dt_bias=draw.sum((0, 1)).to(given.dt_bias.dtype),
+        A=dA,
+        D=dD.view(given.D.shape),
+        norm_weight=dnorm_weight,
+        out_proj_weight=dout_proj_weight,
+        out_proj_bias=None if given.out_proj_bias is None else dout.sum(0).to(given.out_proj_bias.dtype),
+        conv_state=dconv_state,
+        ssm_state=dssm_state,
+        seq_idx=None,
+        lengths=None,
+    )
+
+
+def _tokens(tensor: Tensor) -> Tensor:
+    """(B, L, K) as (T, K)."""
+    return tensor.view(-1, tensor.shape[-1])
+
+
+def _convolve(given: Arguments, size: Sizes, conv: ModuleType) -> Tensor:
+    """SiLU(conv(x, B, C)), (B, L, K)."""
+    xBC = split(given.projected, size)[3]
+    return conv.forward(
+        xBC, given.conv_weight, given.conv_bias, given.conv_state, given.seq_idx, True, False
+    )
+
+
+def _recurrence(given: Arguments, options: Options, size: Sizes, xBC: Tensor) -> tuple[Any, ...]:
+    """The arguments of the recurrence, from x to seq_idx."""
+    _, _, z, _, dt = split(given.projected, size)
+    x, B, C = heads(xBC, size)
+    gate = z.unflatten(-1, (size.heads, size.channels)) if given.norm_weight is None else None
+    steps, decays = weights_and_decays(given, dt, options)
+    return x, steps, decays, B, C, per_head(given.D, size), gate, given.ssm_state, given.seq_idx
+
+
+def _out_proj_inputs(
+    given: Arguments, options: Options, size: Sizes, y: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    """The input of out_proj (T, E + D) from y (T, D), and the norm's rstd (T, G), empty without a norm."""
+    gate, value, z, _, _ = split(given.projected, size)
+    rstd = y.new_empty(0, dtype=torch.promote_types(y.dtype, torch.float32))
+    if given.norm_weight is not None:
+        grouping = (options.norm_before_gate, size.inner // size.groups)
+        _, _, norm = implementations(backend)
+        y, rstd = norm.gated_rms_norm(y, _tokens(z), given.norm_weight, options.eps, *grouping)
+    if size.mlp:
+        y = torch.cat([_tokens(F.silu(gate) * value), y], dim=1)
+    return y, rstd
+
+
+def _raw_step_gradient(dsteps: Tensor, steps: Tensor, given: Arguments, dt: Tensor, options: Options) -> Tensor:
+    """From the gradient of the steps (B, L, H) to that of dt + dt_bias: through limits and softplus; 0 at padding.
+
+    The steps themselves tell softplus' slope: 1 - exp(-softplus(r)) is the sigmoid of r. A step at a limit has none.
+    """
+    slope = -torch.expm1(-steps)
+    low, high = options.least_step, options.most_step
+    if (low, high) != (0.0, float("inf")):
+        raw = dt.to(steps.dtype) + given.dt_bias.to(steps.dtype)
+        free = F.softplus(raw)
+        slope = slope.masked_fill((free < low) | (free > high), 0)
+    if given.lengths is not None:
+        slope = slope.masked_fill(padding(dt, given.lengths), 0)
+    return dsteps * slope

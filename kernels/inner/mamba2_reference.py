@@ -1,0 +1,131 @@
+"""The definition of ``mamba2_inner``: the block's operators one after another, each by its own definition."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mambakit.kernels.conv import causal_conv1d
+from mambakit.kernels.duality.reference import ssd_reference, step_sizes
+from mambakit.kernels.norm import gated_rms_norm
+
+
+class Arguments(NamedTuple):
+    """The tensors of one call, as :func:`mambakit.kernels.inner.mamba2_op.mamba2_inner` describes them."""
+
+    projected: Tensor
+    conv_weight: Tensor
+    conv_bias: Tensor | None
+    dt_bias: Tensor
+    A: Tensor
+    D: Tensor
+    norm_weight: Tensor | None
+    out_proj_weight: Tensor
+    out_proj_bias: Tensor | None
+    conv_state: Tensor | None
+    ssm_state: Tensor | None
+    seq_idx: Tensor | None
+    lengths: Tensor | None
+
+
+class Options(NamedTuple):
+    """The numbers of one call, likewise."""
+
+    ngroups: int
+    least_step: float
+    most_step: float
+    eps: float
+    norm_before_gate: bool
+    chunk_size: int
+
+
+class Sizes(NamedTuple):
+    """E channels of the MLP, D of the recurrence, K of the convolution; H heads, P channels a head, G groups, N states."""
+
+    mlp: int
+    inner: int
+    conv: int
+    heads: int
+    channels: int
+    groups: int
+    states: int
+
+
+def sizes(given: Arguments, ngroups: int) -> Sizes:
+    """Read off the shapes: ``projected`` is 2E + D + K + H wide and out_proj_weight E + D, where K = D + 2 G N."""
+    conv, heads = given.conv_weight.shape[0], given.A.shape[0]
+    mlp = given.projected.shape[-1] - conv - heads - given.out_proj_weight.shape[1]
+    inner = given.out_proj_weight.shape[1] - mlp
+    return Sizes(mlp, inner, conv, heads, inner // heads, ngroups, (conv - inner) // (2 * ngroups))
+
+
+def split(projected: Tensor, size: Sizes) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(..., 2E + D + K + H) as the MLP's gate and value, z, the convolution's input, and dt."""
+    widths = [size.mlp, size.mlp, size.inner, size.conv, size.heads]
+    gate, value, z, xBC, dt = projected.split(widths, dim=-1)
+    return gate, value, z, xBC, dt
+
+
+def heads(xBC: Tensor, size: Sizes) -> tuple[Tensor, Tensor, Tensor]:
+    """x (..., H, P), B and C (..., G, N) from the convolution's output."""
+    states = size.groups * size.states
+    x, B, C = xBC.split([size.inner, states, states], dim=-1)
+    by_group = (size.groups, size.states)
+    return x.unflatten(-1, (size.heads, size.channels)), B.unflatten(-1, by_group), C.unflatten(-1, by_group)
+
+
+def weights_and_decays(given: Arguments, dt: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """The steps (B, L, H) and their products with A; a step is 0 at padding, whatever the limits."""
+    dtype = torch.promote_types(torch.promote_types(dt.dtype, given.A.dtype), torch.float32)
+    steps = step_sizes(dt, given.dt_bias, True, (options.least_step, options.most_step), dtype)
+    if given.lengths is not None:
+        steps = steps.masked_fill(padding(dt, given.lengths), 0)
+    return steps, steps * given.A.to(dtype)
+
+
+def padding(dt: Tensor, lengths: Tensor) -> Tensor:
+    """(B, L, 1) bool, True at and past ``lengths`` (B,)."""
+    return (torch.arange(dt.shape[1], device=dt.device) >= lengths.unsqueeze(1)).unsqueeze(-1)
+
+
+def mamba2_inner(given: Arguments, options: Options) -> tuple[Tensor, Tensor]:
+    """out (B, L, d_model) and the final state (B, H, P, N)."""
+    size = sizes(given, options.ngroups)
+    gate, value, z, xBC, dt = split(given.projected, size)
+    xBC = causal_conv1d(
+        xBC,
+        given.conv_weight,
+        given.conv_bias,
+        "silu",
+        initial_state=given.conv_state,
+        seq_idx=given.seq_idx,
+        backend="reference",
+    )
+    x, B, C = heads(xBC, size)
+    steps, decays = weights_and_decays(given, dt, options)
+    inner_gate = z.unflatten(-1, (size.heads, size.channels)) if given.norm_weight is None else None
+    y, final_state = ssd_reference(
+        x, steps, decays, B, C, per_head(given.D, size), inner_gate, given.ssm_state, given.seq_idx
+    )
+    y = y.flatten(-2)
+    if given.norm_weight is not None:
+        y = gated_rms_norm(
+            y,
+            z,
+            given.norm_weight,
+            eps=options.eps,
+            norm_before_gate=options.norm_before_gate,
+            group_size=size.inner // size.groups,
+            backend="reference",
+        )
+    if size.mlp:
+        y = torch.cat([F.silu(gate) * value, y], dim=-1)
+    bias = None if given.out_proj_bias is None else given.out_proj_bias.to(y.dtype)
+    return F.linear(y, given.out_proj_weight.to(y.dtype), bias), final_state
+
+
+def per_head(D: Tensor, size: Sizes) -> Tensor:
+    return D if len(D) == size.heads else D.view(size.heads, size.channels)
