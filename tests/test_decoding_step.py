@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from mambakit import Backbone
-from mambakit.generation import generate, graph, release_graphs, stream
+from mambakit.generation import generate, graph, plain, release_graphs, stream
 from mambakit.generation.fused import VECTOR_ROWS, FusedStep, obstacle
+from mambakit.generation.plain import GrowingState, ModelStep
 from mambakit.generation.sampling import sample
 from mambakit.kernels import use_backend
 from mambakit.kernels.testing import assert_close
-from mambakit.mixers import Mamba1
+from mambakit.mixers import S5, Attention, Mamba1, Mamba2
 from mambakit.models import LanguageModel
 
 CUDA = torch.cuda.is_available()
@@ -27,10 +28,13 @@ VOCABULARY = 21
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
-def language_model(d_model: int = 24, seed: int = 0, **mixer: object) -> LanguageModel:
+SMALL_HEADS: dict[str, Any] = {"kind": Mamba2, "headdim": 8, "d_state": 5}
+
+
+def language_model(seed: int = 0, kind: Any = Mamba1, **mixer: object) -> LanguageModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LanguageModel(VOCABULARY, Backbone(d_model, n_layers=2, mixer=partial(Mamba1, **mixer)))
+        model = LanguageModel(VOCABULARY, Backbone(24, n_layers=2, mixer=partial(kind, **mixer)))
         for parameter in model.parameters():  # no ones or zeros, which would hide a weight read wrongly
             parameter.data.add_(0.1 * torch.randn_like(parameter))
     return model.eval().requires_grad_(False)
@@ -48,6 +52,10 @@ def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
         ({}, torch.bfloat16),
         ({"d_state": 5, "d_conv": 3, "dt_rank": 3, "bias": True, "conv_bias": False}, torch.float32),
         ({"d_conv": 2, "expand": 3}, torch.float16),
+        (SMALL_HEADS, torch.float32),
+        (SMALL_HEADS, torch.bfloat16),
+        (SMALL_HEADS | {"ngroups": 2, "rmsnorm": False, "dt_limit": (0.3, 0.9), "bias": True}, torch.float32),
+        (SMALL_HEADS | {"headdim": 3, "D_has_hdim": True, "d_conv": 2, "conv_bias": False}, torch.float16),
     ],
 )
 def test_a_fused_triton_step_is_the_models_step(mixer: dict, dtype: torch.dtype, batch: int) -> None:
@@ -63,6 +71,49 @@ def test_a_fused_triton_step_is_the_models_step(mixer: dict, dtype: torch.dtype,
                 assert_close("logits", step(), want, TOLERANCE[dtype])
     for got, wanted in zip(step.state.tensors(), state.tensors(), strict=True):
         assert_close("state", got, wanted, TOLERANCE[dtype])
+
+
+def test_layers_of_several_kinds_and_sizes_share_a_step() -> None:
+    kinds = {"x": partial(Mamba1, d_state=4, expand=3), "y": partial(Mamba2, headdim=8, d_state=5)}
+    model = LanguageModel(VOCABULARY, Backbone(24, n_layers=3, pattern="mxy", letters=kinds)).to(DEVICE)
+    for batch in (2, VECTOR_ROWS + 1):
+        step, state = FusedStep(model, batch, torch.float32), model.init_state(batch)
+        step.load(state)
+        with torch.no_grad():
+            for ids in tokens(2, batch):
+                want, state = model.step(ids, state)
+                step.ids.copy_(ids)
+                assert_close("logits", step(), want, TOLERANCE[torch.float32])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixer", [{}, SMALL_HEADS, {"kind": S5}])
+def test_the_models_own_step_on_fixed_buffers(mixer: dict) -> None:
+    """In place or not, its state ends where a graph expects it; in another dtype than the parameters' as autocast."""
+    model = language_model(**mixer).to(DEVICE)
+    for dtype in (torch.float32, torch.bfloat16):
+        step, state = ModelStep(model, 3, dtype), model.init_state(3)
+        step.load(state)
+        places = [tensor.data_ptr() for tensor in step.state.tensors()]
+        for ids in tokens(3, 3):
+            with torch.autocast(DEVICE, dtype, enabled=dtype == torch.bfloat16):
+                want, state = model.step(ids, state)
+            step.ids.copy_(ids)
+            got = step()
+            assert torch.equal(got, want) and got.dtype == dtype
+        assert places == [tensor.data_ptr() for tensor in step.state.tensors()]
+        for one, other in zip(step.state.tensors(), state.tensors(), strict=True):
+            assert torch.equal(one, other)
+
+
+@torch.no_grad()
+def test_a_state_that_grows_and_modules_from_elsewhere_fit_no_graph() -> None:
+    model = language_model(kind=Attention, n_heads=2).to(DEVICE)
+    with pytest.raises(GrowingState):
+        ModelStep(model, 2, torch.float32)()
+    device = model.lm_head.weight.device
+    model.backbone.dropout = type("Counting", (torch.nn.Dropout,), {"__module__": "elsewhere"})()
+    assert "Counting is from elsewhere" in str(plain.obstacle(model, device, torch.float32))
 
 
 def test_a_step_reads_new_values_of_the_parameters() -> None:
@@ -129,7 +180,10 @@ def test_a_prompt_that_cannot_be_captured_is_read_by_plain_launches(monkeypatch:
         (lambda model: model.double(), "float64"),
         (lambda model: model.backbone.layers[1].mixer.register_forward_hook(print), "hooks"),
         (lambda model: setattr(model.backbone.layers[1].mixer, "in_proj", torch.nn.Bilinear(1, 1, 1)), "projection"),
-        (lambda model: setattr(model.backbone.layers[1], "mixer", Mamba1(24, d_state=4)), "sizes"),
+        (lambda model: setattr(model.backbone.layers[1], "mixer", Attention(24, n_heads=2)), "Attention"),
+        (lambda model: setattr(model.backbone.layers[1], "mixer", Mamba1(24, b_c_dt_rms="weighted")), "norms"),
+        (lambda model: setattr(model.backbone.layers[1], "mixer", Mamba2(24, headdim=8, d_ssm=40)), "MLP"),
+        (lambda model: setattr(model.backbone.layers[1], "mixer", Mamba2(24, headdim=8, ngroups=2)), "groups"),
         (lambda model: setattr(model.backbone, "embedding", torch.nn.Embedding(VOCABULARY, 24)), "embedding"),
         (
             lambda model: model.backbone.register_parameter("meta", torch.nn.Parameter(torch.ones(1, device="meta"))),
@@ -166,13 +220,25 @@ def ids_of_plain_steps(model: LanguageModel, prompt: Tensor, count: int, **optio
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [1, VECTOR_ROWS + 1])
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 5}, {"top_p": 0.9, "min_p": 0.02}])
-def test_a_graph_generates_what_plain_steps_do(batch: int, options: dict) -> None:
-    model, prompt = language_model().to(DEVICE), tokens(batch, 4)
+@pytest.mark.parametrize("mixer", [{}, SMALL_HEADS, {"kind": S5}])
+def test_a_graph_generates_what_plain_steps_do(batch: int, options: dict, mixer: dict) -> None:
+    model, prompt = language_model(**mixer).to(DEVICE), tokens(batch, 4)
     for seed in (0, 1):  # the second call replays what the first captured
         draw = [torch.Generator(DEVICE).manual_seed(seed) for _ in range(2)]
         want = ids_of_plain_steps(model, prompt, 12, generator=draw[0], **options)
         assert torch.equal(generate(model, prompt, 12, generator=draw[1], **options), want)
     assert len(graph._kept[model]) == 1
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("mlp", [None, "moe"])
+def test_attention_and_experts_generate_what_plain_steps_do(mlp: str | None) -> None:
+    mixer = partial(Mamba1, d_state=4) if mlp else partial(Attention, n_heads=2)
+    model = LanguageModel(VOCABULARY, Backbone(24, n_layers=2, mixer=mixer, mlp=mlp)).to(DEVICE).eval()
+    want = ids_of_plain_steps(model, tokens(2, 4), 12, temperature=0)
+    for _ in range(2):
+        assert torch.equal(generate(model, tokens(2, 4), 12, temperature=0), want)
 
 
 @gpu

@@ -34,21 +34,22 @@ def embed_kernel(ids, table, out, K, BK: tl.constexpr):
 @triton.jit
 def linear_step_kernel(
     x, norm_weight, weight, bias, out, conv_state, conv_weight, conv_bias,
-    x_b, out_b, K, R, conv_channels, eps,
+    x_b, out_b, K, R, conv_first, conv_channels, eps,
     BATCH: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, W: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """out (B, R) = x (B, K) weight (R, K)ᵀ + bias. Grid (programs,), each of which takes every so-manieth BR outputs.
 
     With NORM, x is normalised first (root mean square, gain ``norm_weight``); with ADD, out += instead of =; with W
-    above 0, the first ``conv_channels`` outputs go through SiLU(causal convolution) of width W with its state (B,
-    conv_channels, W-1), oldest input first. Every program normalises all of x again: it is a few kilobytes. While it
-    works on one tile of weights, the next is on its way.
+    above 0, ``conv_channels`` outputs from ``conv_first`` on go through SiLU(causal convolution) of width W with its
+    state (B, conv_channels, W-1), oldest input first. Every program normalises all of x again: it is a few kilobytes.
+    While it works on one tile of weights, the next is on its way.
     """
     k = tl.arange(0, BK)
     in_k = k < K
     tile = _weights(weight, tl.program_id(0), R, K, BR, BK)
-    taps, windows = _filters(conv_weight, conv_bias, conv_state, tl.program_id(0), conv_channels, BATCH, W, BR)
+    filters = (conv_weight, conv_bias, conv_state, conv_first, conv_channels)
+    taps, windows = _filters(filters, tl.program_id(0), BATCH, W, BR)
     if NORM:
         gain = tl.load(norm_weight + k, mask=in_k, other=0.0).to(tl.float32)
     if PDL:
@@ -66,10 +67,11 @@ def linear_step_kernel(
     for number in range(tl.program_id(0), tl.cdiv(R, BR), tl.num_programs(0)):
         following = number + tl.num_programs(0)
         next_tile = _weights(weight, following, R, K, BR, BK)
-        next_taps, next_windows = _filters(conv_weight, conv_bias, conv_state, following, conv_channels, BATCH, W, BR)
+        next_taps, next_windows = _filters(filters, following, BATCH, W, BR)
         next_sums = _sums(out, out_b, following, R, BATCH, ADD, BR)
         r = number * BR + tl.arange(0, BR)
-        live = r < conv_channels
+        channel = r - conv_first
+        live = (channel >= 0) & (channel < conv_channels)
         for row in tl.static_range(BATCH):
             y = tl.sum(tile.to(tl.float32) * vectors[row][None, :], axis=1)
             if bias is not None:
@@ -77,7 +79,7 @@ def linear_step_kernel(
             y = y.to(weight.dtype.element_ty).to(tl.float32)
             tl.debug_barrier()  # threads may hold copies of one output: all have read before any writes in place
             if W > 0:
-                states = conv_state + (row * conv_channels + r) * (W - 1)
+                states = conv_state + (row * conv_channels + channel) * (W - 1)
                 filtered = taps[W] + taps[W - 1] * y
                 for j in tl.static_range(W - 1):
                     past = windows[row * (W - 1) + j]
@@ -102,10 +104,11 @@ def _weights(weight, number, R, K, BR: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def _filters(weight, bias, state, number, channels, BATCH: tl.constexpr, W: tl.constexpr, BR: tl.constexpr):
+def _filters(given, number, BATCH: tl.constexpr, W: tl.constexpr, BR: tl.constexpr):
     """The convolution of tile ``number``: its W taps and its bias, and the W-1 past inputs of each row."""
-    r = number * BR + tl.arange(0, BR)
-    live = r < channels
+    weight, bias, state, first, channels = given
+    r = number * BR + tl.arange(0, BR) - first
+    live = (r >= 0) & (r < channels)
     taps = ()
     windows = ()
     if W > 0:
@@ -177,6 +180,54 @@ def state_step_kernel(
 
 
 @triton.jit
+def head_step_kernel(
+    state, x, B, C, z, dt, dt_bias, A_log, D, out,
+    heads, channels, group_heads, x_b, z_b, dt_b, D_h, D_p, least, most,
+    N: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, GATE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The step of a state with heads, BP channels of one head of one row. Grid (heads * tiles of channels, batch).
+
+    x, z (B, H P), B and C (B, G N), which lie x_b apart from row to row as x does, dt (B, H). With
+    delta = clamp(softplus(dt + dt_bias), least, most) and A = -exp(A_log), for each head:
+    state <- exp(delta A) state + delta x B; out = C state + D x, with GATE times SiLU(z). Where out is wider than x, a
+    norm follows in the kernel after this one: then out is rounded to x's dtype ahead of the gate.
+    """
+    tiles = tl.cdiv(channels, BP)
+    head = tl.program_id(0) // tiles
+    row = tl.program_id(1).to(tl.int64)
+    p = tl.program_id(0) % tiles * BP + tl.arange(0, BP)
+    n = tl.arange(0, BN)
+    in_p, in_n = p < channels, n < N
+    in_tile = in_p[:, None] & in_n[None, :]
+    d = head * channels + p
+    rate = -tl.exp2(tl.load(A_log + head).to(tl.float32) * LOG2E)
+    offset = tl.load(dt_bias + head).to(tl.float32)
+    skip = tl.load(D + head * D_h + p * D_p, mask=in_p, other=0.0).to(tl.float32)
+    # The last step wrote the state, so it too may be read before the wait.
+    states = state + (row * heads * channels + d)[:, None] * N + n[None, :]
+    h = tl.load(states, mask=in_tile, other=0.0).to(tl.float32)
+    if PDL:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
+    k = head // group_heads * N + n
+    entry = tl.load(B + row * x_b + k, mask=in_n, other=0.0).to(tl.float32)
+    exit = tl.load(C + row * x_b + k, mask=in_n, other=0.0).to(tl.float32)
+    value = tl.load(x + row * x_b + d, mask=in_p, other=0.0).to(tl.float32)
+    step = softplus(tl.load(dt + row * dt_b + head).to(tl.float32) + offset)
+    step = tl.minimum(tl.maximum(step, least), most)
+
+    h = tl.exp2(step * rate * LOG2E) * h + (step * value)[:, None] * entry[None, :]
+    tl.store(states, h.to(state.dtype.element_ty), mask=in_tile)
+    y = tl.sum(h * exit[None, :], axis=1) + skip * value
+    if GATE:
+        if out.dtype.element_ty == tl.float32:
+            y = y.to(x.dtype.element_ty).to(tl.float32)
+        gate = tl.load(z + row * z_b + d, mask=in_p, other=0.0).to(tl.float32)
+        y *= gate * sigmoid(gate)
+    tl.store(out + row * heads * channels + d, y.to(out.dtype.element_ty), mask=in_p)
+
+
+@triton.jit
 def argmax_kernel(x, out, x_b, V, BV: tl.constexpr, PDL: tl.constexpr):
     """out (B,) = the first index of the largest of x (B, V). Grid (B,)."""
     if PDL:
@@ -201,7 +252,7 @@ def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], in
     half, wide = "*bf16", "*fp32"
     pointers = {"x": wide, "norm_weight": half, "weight": half, "bias": half, "out": half, "conv_state": wide}
     signature = pointers | {"conv_weight": half, "conv_bias": half}
-    signature |= dict.fromkeys(("x_b", "out_b", "K", "R", "conv_channels"), "i32") | {"eps": "fp32"}
+    signature |= dict.fromkeys(("x_b", "out_b", "K", "R", "conv_first", "conv_channels"), "i32") | {"eps": "fp32"}
     tile = {"BATCH": 2, "BR": 8, "BK": 1024, "PDL": False}
     yield linear_step_kernel, signature, {"NORM": True, "ADD": False, "W": 4} | tile, 4
     yield linear_step_kernel, signature | {"x": half, "out": wide}, {"NORM": False, "ADD": True, "W": 0} | tile, 4
@@ -209,6 +260,10 @@ def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], in
     signature |= dict.fromkeys(("dt_bias", "A_log", "D", "out"), half)
     signature |= dict.fromkeys(("channels", "x_b", "z_b", "selected_b", "P"), "i32")
     yield state_step_kernel, signature, {"N": 16, "BN": 16, "BP": 64, "BD": 16, "PDL": False}, 4
+    signature = {"state": wide} | dict.fromkeys(("x", "B", "C", "z", "dt", "dt_bias", "A_log", "D"), half)
+    signature |= {"out": wide, "heads": "i32", "channels": "i32", "group_heads": "i32"}
+    signature |= dict.fromkeys(("x_b", "z_b", "dt_b", "D_h", "D_p"), "i32") | {"least": "fp32", "most": "fp32"}
+    yield head_step_kernel, signature, {"N": 128, "BN": 128, "BP": 4, "GATE": True, "PDL": False}, 4
     yield embed_kernel, {"ids": "*i64", "table": half, "out": wide, "K": "i32"}, {"BK": 1024}, 4
     signature = {"x": half, "out": "*i64", "x_b": "i32", "V": "i32"}
     yield argmax_kernel, signature, {"BV": 16384, "PDL": False}, 16

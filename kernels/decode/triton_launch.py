@@ -6,7 +6,13 @@ import torch
 import triton
 from torch import Tensor
 
-from mambakit.kernels.decode.triton_kernels import argmax_kernel, embed_kernel, linear_step_kernel, state_step_kernel
+from mambakit.kernels.decode.triton_kernels import (
+    argmax_kernel,
+    embed_kernel,
+    head_step_kernel,
+    linear_step_kernel,
+    state_step_kernel,
+)
 from mambakit.kernels.scan.triton_common import device_guard
 
 
@@ -38,6 +44,7 @@ def linear_step(
     eps: float = 0.0,
     add: bool = False,
     conv: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    conv_first: int = 0,
 ) -> None:
     """out (B, R) = norm(x) weightᵀ + bias for few rows, rounded to weight's dtype; rows of x and out any way apart.
 
@@ -48,8 +55,9 @@ def linear_step(
         out: (B, R), written; with ``add``, added to.
         norm_weight: (K,) gain of the root-mean-square norm, or None for x as it is.
         eps: of the norm.
-        conv: (state (B, D, W-1), weight (D, W), bias (D,) or None) of a causal convolution with SiLU that the first D
-            outputs pass; its state moves on. All contiguous.
+        conv: (state (B, D, W-1), weight (D, W), bias (D,) or None) of a causal convolution with SiLU that D outputs
+            pass; its state moves on. All contiguous.
+        conv_first: the first of those outputs.
     """
     (batch, columns), rows = x.shape, weight.shape[0]
     conv_state, conv_weight, conv_bias = conv if conv is not None else (x, x, None)
@@ -58,7 +66,8 @@ def linear_step(
     with device_guard(x):
         linear_step_kernel[(min(programs, triton.cdiv(rows, tile)),)](
             x, norm_weight, weight, bias, out, conv_state, conv_weight, conv_bias,
-            x.stride(0), out.stride(0), columns, rows, conv_state.shape[1] if conv is not None else 0, eps,
+            x.stride(0), out.stride(0), columns, rows,
+            conv_first, conv_state.shape[1] if conv is not None else 0, eps,
             BATCH=batch, NORM=norm_weight is not None, ADD=add, W=0 if conv is None else conv_weight.shape[1],
             BR=tile, BK=padded, **_early(x), num_warps=warps,
         )  # fmt: skip
@@ -96,6 +105,48 @@ def state_step(
             state, x, z, selected, dt_weight, dt_bias, A_log, D, out,
             channels, x.stride(0), z.stride(0), selected.stride(0), rank,
             N=d_state, BN=BN, BP=triton.next_power_of_2(rank), BD=tile, **_early(x), num_warps=warps,
+        )  # fmt: skip
+
+
+def head_step(
+    state: Tensor,
+    xBC: Tensor,
+    z: Tensor,
+    dt: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    out: Tensor,
+    *,
+    groups: int,
+    dt_limit: tuple[float, float],
+    gate: bool,
+) -> None:
+    """The step of Mamba-2's state from the raw step sizes on: see :func:`head_step_kernel`.
+
+    Args:
+        state: (B, H, P, N) contiguous, changed in place.
+        xBC: (B, H P + 2 G N), numbers of a row side by side.
+        z: (B, H P), likewise.
+        dt: (B, H), likewise.
+        dt_bias, A_log: (H,).
+        D: (H,) or (H P,).
+        out: (B, H P) contiguous, written.
+        groups: G.
+        dt_limit: the smallest and largest step.
+        gate: multiply by SiLU(z).
+    """
+    batch, heads, channels, d_state = state.shape
+    x, B, C = xBC.split([heads * channels, groups * d_state, groups * d_state], dim=1)
+    BN = triton.next_power_of_2(d_state)
+    # Few rows: four states a thread, so that many threads share the wait for memory; many rows: sixteen.
+    tile = max(1, min(triton.next_power_of_2(channels), (512 if batch < 16 else 2048) // BN))
+    D_strides = (1, 0) if D.shape[0] == heads else (channels, 1)
+    with device_guard(state):
+        head_step_kernel[(heads * triton.cdiv(channels, tile), batch)](
+            state, x, B, C, z, dt, dt_bias, A_log, D, out,
+            heads, channels, heads // groups, xBC.stride(0), z.stride(0), dt.stride(0), *D_strides, *dt_limit,
+            N=d_state, BN=BN, BP=tile, GATE=gate, **_early(state), num_warps=4,
         )  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 """Reading a prompt and decoding by CUDA graphs, captured once and replayed for every chunk and every token.
 
 Launching some hundred kernels one by one costs the host more than the device needs to run them; a graph is one launch.
-Graphs are captured for one batch size, computing dtype and set of sampling options, and kept with the model for the
-next call. :func:`release_graphs` frees what is kept; so does the end of the model.
+The step is the fused one where there is one for the layers, else the model's own. Graphs are captured for one batch
+size, computing dtype and set of sampling options, and kept with the model for the next call. :func:`release_graphs`
+frees what is kept; so does the end of the model.
 
 Letters: B batch, L prompt length, V vocabulary.
 """
@@ -18,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from mambakit.generation.fused import FusedStep, obstacle
+from mambakit.generation import fused, plain
 from mambakit.generation.sampling import SamplingOptions, scores
 from mambakit.models import LanguageModel
 
@@ -38,7 +39,8 @@ class Key(NamedTuple):
     addresses: tuple[int, ...]
 
 
-_kept: WeakKeyDictionary[Any, dict[Key, Decoder]] = WeakKeyDictionary()
+# None: a graph cannot hold this model's step, which was found out once.
+_kept: WeakKeyDictionary[Any, dict[Key, Decoder | None]] = WeakKeyDictionary()
 
 
 class PromptReader:
@@ -109,7 +111,7 @@ class Decoder:
         options: of the draw.
     """
 
-    def __init__(self, step: FusedStep, options: SamplingOptions) -> None:
+    def __init__(self, step: fused.FusedStep | plain.ModelStep, options: SamplingOptions) -> None:
         from mambakit.kernels.decode.triton_launch import argmax
 
         self.step = step
@@ -154,20 +156,37 @@ def decoder(model: Any, prompt_ids: Tensor, options: SamplingOptions, max_new_to
         return
     autocast = torch.is_autocast_enabled("cuda")
     dtype = torch.get_autocast_dtype("cuda") if autocast else model.lm_head.weight.dtype
-    if obstacle(model, prompt_ids.device, dtype) is not None:
+    if plain.obstacle(model, prompt_ids.device, dtype) is not None:
         yield None
         return
     key = Key(len(prompt_ids), dtype, options, tuple(parameter.data_ptr() for parameter in model.parameters()))
     kept = _kept.setdefault(model, {})
     for old in [old for old in kept if old.addresses != key.addresses]:
         del kept[old]
-    lent = kept.pop(key, None) or Decoder(FusedStep(model, len(prompt_ids), dtype), options)
+    lent = kept.pop(key) if key in kept else _new_decoder(model, prompt_ids, dtype, options)
     try:
         yield lent
     finally:
         kept[key] = lent
         while len(kept) > KEPT:
             del kept[next(iter(kept))]
+
+
+def _new_decoder(
+    model: LanguageModel, prompt_ids: Tensor, dtype: torch.dtype, options: SamplingOptions
+) -> Decoder | None:
+    if fused.obstacle(model, prompt_ids.device, dtype) is None:
+        return Decoder(fused.FusedStep(model, len(prompt_ids), dtype), options)
+    try:
+        return Decoder(plain.ModelStep(model, len(prompt_ids), dtype), options)
+    except plain.GrowingState:
+        return None
+    except RuntimeError as error:
+        # A step may refuse to be captured where it waits for the device, as experts do that count their tokens.
+        warnings.warn(
+            f"generate: the step could not be captured as a CUDA graph ({error}); plain steps serve", stacklevel=2
+        )
+        return None
 
 
 def captured(run: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
