@@ -6,12 +6,14 @@ from mambakit.mixers.bidirectional import Bidirectional
 from mambakit.mixers.mamba1 import Mamba1, Mamba1State
 from mambakit.mixers.mamba2 import Mamba2, Mamba2State
 from mambakit.mixers.mamba3 import Mamba3, Mamba3State
+from mambakit.mixers.s4 import S4, S4State
 from mambakit.mixers.s4d import DSS, S4D, S4DState
 from mambakit.mixers.s5 import S5, S5State
 from mambakit.mixers.vim import VimMixer
 
 __all__ = [
     "DSS",
+    "S4",
     "S4D",
     "S5",
     "Attention",
@@ -25,6 +27,7 @@ __all__ = [
     "Mamba3State",
     "NonCausal",
     "S4DState",
+    "S4State",
     "S5State",
     "SequenceMixer",
     "State",

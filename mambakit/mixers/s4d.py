@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,14 @@ Discretization = Literal["zoh", "bilinear"]
 
 
 @dataclass
-class S4DState(State):
+class ConvolutionState(State):
     """``ssm`` (B, D, N/2, 2): real and imaginary part of one state of each conjugate pair."""
 
     ssm: Tensor
+
+
+class S4DState(ConvolutionState):
+    """Of S4D and DSS, whose A is diagonal."""
 
 
 class S4DKernel(nn.Module):
@@ -118,6 +122,8 @@ class ConvolutionMixer(SequenceMixer):
     FFT, at O(L log L); calls with a state or packed sequences, and ``step``, run the recurrence.
     """
 
+    state_type: ClassVar[type[ConvolutionState]]
+
     def __init__(self, d_model: int, d_state: int, kernel: nn.Module, rate: float) -> None:
         super().__init__()
         self.d_model = d_model
@@ -132,11 +138,11 @@ class ConvolutionMixer(SequenceMixer):
         self,
         x: Tensor,
         *,
-        state: S4DState | None = None,
+        state: ConvolutionState | None = None,
         seq_idx: Tensor | None = None,
         lengths: Tensor | None = None,
         return_state: bool = False,
-    ) -> tuple[Tensor, S4DState | None]:
+    ) -> tuple[Tensor, ConvolutionState | None]:
         new_state = None
         with torch.autocast(x.device.type, enabled=False):  # FFTs and powers are taken in float32 at least
             wide = x.to(self._dtype())
@@ -145,23 +151,25 @@ class ConvolutionMixer(SequenceMixer):
             else:
                 before = None if state is None else torch.view_as_complex(state.ssm.to(wide.dtype))
                 y, last = self.kernel.recur(wide, before, seq_idx, lengths, self.rate)  # type: ignore[operator]
-                new_state = S4DState(torch.view_as_real(last))
+                new_state = self.state_type(torch.view_as_real(last))
             y = y + self.D * wide
         return self._mix_channels(y.to(x.dtype)), new_state if return_state else None
 
-    def step(self, x_t: Tensor, state: S4DState) -> tuple[Tensor, S4DState]:
+    def step(self, x_t: Tensor, state: ConvolutionState) -> tuple[Tensor, ConvolutionState]:
         """One element in constant time; the given state is left as it is."""
         with torch.autocast(x_t.device.type, enabled=False):
             wide = x_t.to(self._dtype())
             before = torch.view_as_complex(state.ssm.to(wide.dtype))
             y, h = self.kernel.step(wide, before, self.rate)  # type: ignore[operator]
             y = y + self.D * wide
-        return self._mix_channels(y.to(x_t.dtype)), S4DState(torch.view_as_real(h))
+        return self._mix_channels(y.to(x_t.dtype)), self.state_type(torch.view_as_real(h))
 
-    def init_state(self, batch_size: int, *, device: Any = None, dtype: torch.dtype | None = None) -> S4DState:
+    def init_state(self, batch_size: int, *, device: Any = None, dtype: torch.dtype | None = None) -> ConvolutionState:
         """Zeros, float32 (float64 for a float64 model) whatever ``dtype`` asks for: the state adds up many inputs."""
         device = self.D.device if device is None else device
-        return S4DState(torch.zeros(batch_size, self.d_model, self.d_state // 2, 2, device=device, dtype=self._dtype()))
+        return self.state_type(
+            torch.zeros(batch_size, self.d_model, self.d_state // 2, 2, device=device, dtype=self._dtype())
+        )
 
     def _mix_channels(self, y: Tensor) -> Tensor:
         linear = self.output_linear[0]
@@ -191,6 +199,8 @@ class S4D(ConvolutionMixer):
         rate: sampling interval over the one in training: a model trained at 16 kHz hears 8 kHz with 2.0. Set the
             attribute ``rate`` at any time.
     """
+
+    state_type = S4DState
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ import torch
 
 from mambakit import Backbone
 from mambakit.kernels.testing import random_tensor
-from mambakit.mixers import DSS, S4D, S5, Attention, Bidirectional, Mamba1, Mamba2, Mamba3, VimMixer
+from mambakit.mixers import DSS, S4, S4D, S5, Attention, Bidirectional, Mamba1, Mamba2, Mamba3, VimMixer
 from mambakit.mlp import SwiGLU
 
 D_MODEL = 8
@@ -62,6 +62,8 @@ CASES = [
         partial(Backbone, n_layers=2, pattern="ma", mlp=partial(SwiGLU, d_hidden=5), mixer=partial(Mamba1, d_state=2)),
         grows=True,
     ),
+    Case("s4", partial(S4, d_state=4, dt_min=0.1, dt_max=1.0), exact=False),
+    Case("s4-shared", partial(S4, d_state=2, n_ssm=2, rate=8.0, lr=1e-3), exact=False),
     Case("s4d", partial(S4D, d_state=4, dt_min=0.1, dt_max=1.0), exact=False),
     Case("s4d-inv-bilinear", partial(S4D, d_state=2, init="inv", discretization="bilinear", rate=8.0), exact=False),
     Case("s4d-real", partial(S4D, d_state=6, dt_min=0.1, init="real", lr=1e-3), exact=False),
