@@ -68,6 +68,8 @@ def _in_words(causes: list[str], given: str) -> str:
     """``expected int or one of 'a', 'b'; got c`` of jsonargparse's lines; nothing where one has another form."""
     expected, choices = [], []
     for cause in causes:
+        if cause.startswith("Expected a path but"):  # a file of options may stand for any class; nobody means one here
+            continue
         match = re.fullmatch(r"Expected an? (.+?)(?:(?:\. Got value)?: (.*))?", cause)
         if match is None:
             return ""

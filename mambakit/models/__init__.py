@@ -1,5 +1,49 @@
 """Whole models: an embedding, a backbone and a head under one name."""
 
 from mambakit.models.language_model import LanguageModel
+from mambakit.models.presets import (
+    Preset,
+    PresetBackbone,
+    PresetName,
+    jamba_small,
+    mamba2_1_3b,
+    mamba2_2_7b,
+    mamba2_130m,
+    mamba2_370m,
+    mamba2_780m,
+    mamba_1_4b,
+    mamba_2_8b,
+    mamba_130m,
+    mamba_370m,
+    mamba_790m,
+    preset,
+    transformer_1_3b,
+    transformer_2_7b,
+    transformer_125m,
+    transformer_350m,
+    transformer_760m,
+)
 
-__all__ = ["LanguageModel"]
+__all__ = [
+    "LanguageModel",
+    "Preset",
+    "PresetBackbone",
+    "PresetName",
+    "jamba_small",
+    "mamba2_1_3b",
+    "mamba2_2_7b",
+    "mamba2_130m",
+    "mamba2_370m",
+    "mamba2_780m",
+    "mamba_1_4b",
+    "mamba_2_8b",
+    "mamba_130m",
+    "mamba_370m",
+    "mamba_790m",
+    "preset",
+    "transformer_1_3b",
+    "transformer_2_7b",
+    "transformer_125m",
+    "transformer_350m",
+    "transformer_760m",
+]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from mambakit.backbone import Backbone
-from mambakit.models.language_model import LanguageModel
+from mambakit.models import LanguageModel, PresetBackbone, PresetName
 from mambakit.optim import OptimConfig
 from mambakit.tasks.base import Task
 
@@ -47,7 +47,7 @@ class CausalLM(Task):
 
     Args:
         vocab_size: V; the command line takes it from the data.
-        backbone: the stack of mixers.
+        backbone: the stack of mixers, or the name of a preset (:mod:`mambakit.models.presets`).
         tie_embeddings: embedding and head share one matrix.
         optim: optimiser and schedule.
         balance_weight: weight in the training loss of how unevenly a backbone's experts are used, where it has some;
@@ -57,7 +57,7 @@ class CausalLM(Task):
     def __init__(
         self,
         vocab_size: int,
-        backbone: Backbone,
+        backbone: Backbone | PresetName,
         tie_embeddings: bool = True,
         optim: OptimConfig | None = None,
         balance_weight: float = 0.01,
@@ -65,7 +65,8 @@ class CausalLM(Task):
         super().__init__(optim)
         self.save_hyperparameters(ignore=["backbone"])
         self.balance_weight = balance_weight
-        self.model = LanguageModel(vocab_size, backbone, tie_embeddings)
+        stack = PresetBackbone(backbone) if isinstance(backbone, str) else backbone
+        self.model = LanguageModel(vocab_size, stack, tie_embeddings)
         self.loss_metrics = nn.ModuleDict({"validation": MeanMetric(), "test": MeanMetric()})
         self.byte_metrics = nn.ModuleDict({"validation": BitsPerByte(), "test": BitsPerByte()})
 
