@@ -1,0 +1,401 @@
+"""VisionDataModule as a whole: determinism, views, several processes, bad images, the command line, digits learned."""
+
+import inspect
+import random
+import subprocess
+import sys
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningModule, Trainer
+from PIL import Image
+
+from mambakit.datamodules.vision import Augment, ImageError, Normalization, VisionDataModule
+from mambakit.datamodules.vision.pixels import pixel_order
+
+EVERYTHING = {
+    "crop": "pad",
+    "flip": 0.5,
+    "color_jitter": 0.2,
+    "auto_augment": "rand-m9-mstd0.5",
+    "random_erasing": 0.5,
+    "mixup": 0.5,
+    "cutmix": 1.0,
+}
+
+
+def module(data="digits", **options) -> VisionDataModule:
+    return VisionDataModule(str(data), **{"batch_size": 4, **options})
+
+
+def batches(loader, epoch: int = 0, limit: int | None = None) -> list[dict[str, torch.Tensor]]:
+    loader.sampler.set_epoch(epoch)
+    found = []
+    for batch in loader:
+        found.append(batch)
+        if len(found) == limit:
+            break
+    return found
+
+
+def same(one: list[dict[str, torch.Tensor]], other: list[dict[str, torch.Tensor]]) -> bool:
+    return len(one) == len(other) and all(
+        a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a) for a, b in zip(one, other, strict=True)
+    )
+
+
+def indices(loader) -> list[int]:
+    return torch.cat([batch["index"] for batch in loader]).tolist()
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+def test_seed_and_epoch_decide_the_batches(tree, pack, kind):
+    path = tree if kind == "folder" else pack(tree, kind)
+
+    def make(**options):
+        return module(path, augment=Augment(**EVERYTHING), **options).train_dataloader()
+
+    loader = make()
+    first = batches(loader)
+    assert len(first) == 6 and same(first, batches(make()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's hint that there are few processors
+        assert same(first, batches(make(num_workers=2)))
+    assert not same(first, batches(loader, epoch=1))
+    assert not same(first, batches(make(seed=1)))
+    if kind != "folder":
+        assert same(first, batches(module(tree, augment=Augment(**EVERYTHING)).train_dataloader()))
+
+
+def test_batches_leave_the_generators_alone(tree):
+    """Otherwise the dropout of a model would begin anew with each batch, and depend on num_workers."""
+    dataset = module(tree, augment=Augment(**EVERYTHING)).train_dataloader().dataset
+
+    def draws(between):
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        found = []
+        for _ in range(3):
+            between([0, 1])
+            found.append((random.random(), np.random.rand(), torch.rand(()).item()))
+        return found
+
+    assert draws(dataset.__getitems__) == draws(list)
+
+
+def test_an_epoch_is_every_training_image_once(tree):
+    data = module(tree, batch_size=2)
+    loader = data.train_dataloader()
+    orders = []
+    for epoch in range(3):
+        loader.sampler.set_epoch(epoch)
+        orders.append(indices(loader))
+    assert all(sorted(order) == list(range(26)) for order in orders) and orders[0] != orders[1] != orders[2]
+    assert indices(data.val_dataloader()) == list(range(8)) == indices(data.predict_dataloader())
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "dtype"),
+    [
+        ({}, (1, 8, 8), torch.float32),
+        ({"color": "rgb"}, (3, 8, 8), torch.float32),
+        ({"image_size": 12}, (1, 12, 12), torch.float32),
+        ({"view": "pixels"}, (64, 1), torch.float32),
+        ({"view": "pixels", "color": "rgb"}, (64, 3), torch.float32),
+        ({"view": "pixels", "pixel_values": "token"}, (64,), torch.int64),
+        ({"view": "pixels", "pixel_values": "token", "color": "rgb"}, (192,), torch.int64),
+    ],
+)
+def test_shapes(options, shape, dtype):
+    data = module(batch_size=6, validation_batch_size=5, test_fraction=0.1, **options)
+    assert data.input_shape == shape and data.num_classes == 10
+    assert data.in_chans == (3 if options.get("color") == "rgb" else 1)
+    for loader, size in ((data.train_dataloader(), 6), (data.val_dataloader(), 5), (data.test_dataloader(), 5)):
+        batch = next(iter(loader))
+        assert batch["inputs"].shape == (size, *shape) and batch["inputs"].dtype == dtype
+        assert batch["labels"].shape == batch["index"].shape == (size,)
+        assert batch["labels"].dtype == batch["index"].dtype == torch.int64
+
+
+def test_values_are_normalised(tree):
+    unit, half, own = (
+        next(iter(module(tree, normalization=name).val_dataloader()))["inputs"]
+        for name in ("unit", "half", Normalization((0.1, 0.2, 0.3), (0.5, 1.0, 2.0)))
+    )
+    stored = module(tree)._part("validation").source.image(0, 3)
+    assert torch.equal((unit[0] * 255).round(), torch.from_numpy(np.array(stored)).permute(2, 0, 1).float())
+    assert torch.allclose(half, unit * 2 - 1, atol=1e-6)
+    assert torch.allclose(own[:, 2], (unit[:, 2] - 0.3) / 2, atol=1e-6)
+    default = next(iter(module(tree).val_dataloader()))["inputs"]
+    assert torch.allclose(default[:, 0], (unit[:, 0] - 0.485) / 0.229, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["sequential", "bit_reversal", "random"])
+def test_both_views_hold_the_same_pixels(tree, order):
+    options = {"augment": Augment(flip=0.5, random_erasing=0.5, mixup=0.5), "color": "rgb"}
+    image = next(iter(module(tree, **options).train_dataloader()))
+    data = module(tree, view="pixels", pixel_order=order, permutation_seed=7, **options)
+    pixels = next(iter(data.train_dataloader()))
+    assert torch.equal(pixels["labels"], image["labels"])
+    rows = image["inputs"].flatten(2).transpose(1, 2)
+    assert torch.equal(pixels["inputs"], rows[:, torch.from_numpy(pixel_order(48, order, 7))])
+
+
+def test_tokens_are_the_8_bits_themselves():
+    tokens = next(iter(module(view="pixels", pixel_values="token").val_dataloader()))["inputs"]
+    floats = next(iter(module(normalization="unit").val_dataloader()))["inputs"]
+    assert (
+        torch.equal(tokens, (floats.flatten(1) * 255).round().long())
+        and module(view="pixels", pixel_values="token").vocab_size == 256
+    )
+    with pytest.raises(ValueError, match="vocab_size: the pixels are floats"):
+        _ = module().vocab_size
+
+
+def test_evaluation_resizes_the_short_side_and_cuts_the_middle(tree):
+    image = module(tree)._part("validation").source.image(0, 3)  # 8 x 6
+    data = module(tree, image_size=3, crop_pct=0.75, normalization="unit", interpolation="bilinear")
+    wanted = np.asarray(image.resize((5, 4), 2))[:3, 1:4]  # round(0.5) and round(1.0) off the top and the left
+    found = (next(iter(data.val_dataloader()))["inputs"][0] * 255).round().permute(1, 2, 0)
+    assert np.array_equal(found.numpy(), wanted)
+
+
+def test_parts_of_digits_share_no_image():
+    data = module(test_fraction=0.2, batch_size=1)
+    parts = [set(indices(loader)) for loader in (data.val_dataloader(), data.test_dataloader())]
+    parts.append(set(data.train_dataloader().dataset.indices.tolist()))
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 1797
+    other = module(test_fraction=0.2, batch_size=1, seed=5, num_workers=0)
+    assert set(indices(other.test_dataloader())) == parts[1], "the seed of training does not move the parts"
+    assert set(indices(module(test_fraction=0.2, split_seed=1).test_dataloader())) != parts[1]
+    assert "images train 1,259, validation 179, test 359; 10 classes; inputs (1, 8, 8)" in data.describe()
+
+
+def test_the_data_s_own_parts_are_kept(tree):
+    data = module(tree)
+    data.setup()
+    assert "images train 26, validation 8, test 8; 4 classes; inputs (3, 6, 8)" in data.describe()
+    assert data.image_name("test", 3).endswith("images/test/9/1.png")
+    assert data.classes == ["10", "9", "cat", "dog"]
+    split = module(tree / "train", validation_data=str(tree / "val"), test_data=str(tree / "test"))
+    assert same(batches(split.test_dataloader()), batches(data.test_dataloader()))
+    assert same(batches(split.val_dataloader()), batches(data.val_dataloader()))
+
+
+class World:
+    """Stands for a trainer of ``size`` processes."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.distributed_sampler_kwargs = {"num_replicas": size, "rank": rank}
+        self.fit_loop = SimpleNamespace(
+            epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(current=SimpleNamespace(processed=1)))
+        )
+
+
+def test_processes_share_the_images(tree):
+    def take(part: str, rank: int, size: int) -> list[int]:
+        data = module(tree, batch_size=1)
+        data.trainer = World(rank, size)
+        return indices(data.train_dataloader() if part == "train" else data.val_dataloader())
+
+    for part, count in (("train", 26), ("validation", 8)):
+        alone, shares = take(part, 0, 1), [take(part, rank, 3) for rank in range(3)]
+        together = [index for share in shares for index in share]
+        assert len(set(together)) == len(together) == (count // 3 * 3 if part == "train" else count)
+        assert shares[1] == alone[1::3][: len(shares[1])]
+
+
+def test_without_a_trainer_the_loader_resumes(tree):
+    def make():
+        loader = module(tree, augment=Augment(**EVERYTHING)).train_dataloader()
+        loader.sampler.set_epoch(1)
+        return loader
+
+    loader = make()
+    whole = list(loader)
+    for count, _ in enumerate(loader, 1):
+        if count == 3:
+            state = loader.state_dict()
+            break
+    again = make()
+    again.load_state_dict(state)
+    assert same(list(again), whole[3:])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_stops_the_run_with_one_sentence(tree, workers):
+    (tree / "train/cat/3.png").write_bytes(b"broken")
+    loader = module(tree, num_workers=workers, batch_size=26).train_dataloader()
+    with pytest.raises(ImageError, match=r"^image \S*train/cat/3.png cannot be decoded \([^\n]*\); mend or [^\n]*$"):
+        next(iter(loader))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_images_are_skipped_on_request_and_counted(tree, workers):
+    for name in ("train/cat/3.png", "train/dog/0.png", "test/9/1.png"):
+        (tree / name).write_bytes(b"broken")
+    data = module(tree, corrupt="skip", num_workers=workers, batch_size=2)
+    with pytest.warns(UserWarning, match=r"skipped 3 of 42 images that cannot be decoded: \S*train/cat/3.png, "):
+        data.setup()
+    assert "images train 24, validation 8, test 7; 4 classes; inputs (3, 6, 8); 3 skipped" in data.describe()
+    assert len(data.skipped) == 3 and data.skipped[2].endswith("test/9/1.png")
+    names = {data.image_name("train", index) for index in indices(data.train_dataloader())}
+    assert len(names) == 24 and not names & set(data.skipped)
+
+
+def test_a_class_of_broken_images_only(tree):
+    for name in ("0", "1"):
+        (tree / f"test/dog/{name}.png").write_bytes(b"")
+    for index in range(6):
+        (tree / f"train/dog/{index}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"class dog has 0 image\(s\)"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module(tree, corrupt="skip").setup()
+
+
+def test_sizes_that_differ(tree):
+    Image.new("RGB", (5, 9)).save(tree / "train/dog/0.png")
+    message = r"image \S*train/dog/0.png is 5 x 9, and the first of the training images 8 x 6; set image_size"
+    with pytest.raises(ImageError, match=message):
+        list(module(tree).train_dataloader())
+    assert len(list(module(tree, image_size=6).train_dataloader())) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size: 0, expected at least 1"),
+        ({"image_size": 0}, "image_size: 0, expected at least 1"),
+        ({"view": "patches"}, "view: 'patches', expected image or pixels"),
+        ({"color": "gray"}, "color: 'gray', expected native or rgb or grey"),
+        ({"interpolation": "cubic"}, "interpolation: 'cubic', expected nearest or bilinear or bicubic"),
+        ({"crop_pct": 1.5}, "crop_pct: 1.5, expected above 0 and at most 1"),
+        ({"validation_fraction": 0.0}, "validation_fraction: 0.0, expected between 0 and 1"),
+        ({"test_fraction": 1.0}, "test_fraction: 1.0, expected at least 0 and under 1"),
+        ({"test_fraction": 0.1, "test_data": "digits"}, "test_fraction: given together with test_data"),
+        ({"pixel_order": "random"}, "pixel_order, pixel_values: of no effect in the view 'image'"),
+        ({"normalization": "imagnet"}, "normalization: 'imagnet', .* did you mean imagenet"),
+        (
+            {"view": "pixels", "pixel_values": "token", "normalization": "half"},
+            "pixel_values: 'token' keeps the 8 bits",
+        ),
+        ({"augment": Augment(mixup=1.0), "batch_size": 3}, "batch_size: 3, but mixup and cutmix pair images"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        VisionDataModule(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "stage", "message"),
+    [
+        ({}, "test", "test: digits has no test part; set test_fraction or test_data"),
+        ({"validation_fraction": 0.6, "test_fraction": 0.5}, "fit", "together 1.1, expected under 1"),
+        ({"test_data": "digits"}, "fit", r"digits\[0\] is in both the train and the test part"),
+        ({"data": "nowhere"}, "fit", "there is no .*nowhere; give a folder"),
+        ({"normalization": "imagenet"}, "loader", "is for 3 channels and the images have 1"),
+        ({"batch_size": 5000}, "loader", r"batch_size: 5000, but an epoch has only 1618 image\(s\) for 1 process"),
+    ],
+)
+def test_what_the_data_refuses(options, stage, message):
+    data = VisionDataModule(**options)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        data.train_dataloader() if stage == "loader" else data.setup(stage)
+
+
+def test_a_test_fraction_beside_a_test_part(tree):
+    with pytest.raises(ValueError, match="has a test part of its own; leave test_fraction out"):
+        module(tree, test_fraction=0.1).setup()
+
+
+def test_classes_of_validation_must_be_those_of_train(tree):
+    (tree / "val/dog").rename(tree / "val/wolf")
+    with pytest.raises(ValueError, match="the class wolf is in the validation part and not in the train part"):
+        module(tree).setup("fit")
+
+
+def test_the_command_line_has_every_option(tmp_path):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(VisionDataModule, "data")
+    config = tmp_path / "data.yaml"
+    config.write_text(
+        "class_path: mambakit.datamodules.vision.VisionDataModule\n"
+        "init_args:\n  view: pixels\n  normalization: {mean: [0.1], std: [0.2]}\n"
+        "  augment: {crop: pad, scale: [0.5, 1.0], repeats: 2}\n"
+    )
+    arguments = [f"--data={config}", "--data.augment.flip=0.5", "--data.pixel_order=random"]
+    made = parser.instantiate_classes(parser.parse_args(arguments)).data
+    assert made.augment == Augment(crop="pad", scale=(0.5, 1.0), repeats=2, flip=0.5)
+    assert made._normalization() == Normalization((0.1,), (0.2,)) and made.pixel_order == "random"
+    named = parser.parse_args([f"--data={config}", "--data.normalization=mnist"])
+    assert parser.instantiate_classes(named).data.normalization == "mnist"
+    documented = inspect.getdoc(VisionDataModule)
+    assert all(f"    {name}: " in documented for name in list(inspect.signature(VisionDataModule).parameters))
+
+
+class Linear(LightningModule):
+    """The least that learns digits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 10)
+        self.hits: list[torch.Tensor] = []
+
+    def training_step(self, batch, batch_index):
+        return torch.nn.functional.cross_entropy(self.layer(batch["inputs"].flatten(1)), batch["labels"])
+
+    def validation_step(self, batch, batch_index):
+        self.hits.append(self.layer(batch["inputs"].flatten(1)).argmax(1) == batch["labels"])
+
+    test_step = validation_step
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.02)
+
+
+def fit(folder, data, **options):
+    model = Linear()
+    settings = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = Trainer(
+        default_root_dir=folder, enable_checkpointing=False, num_sanity_val_steps=0, **settings, **options
+    )
+    torch.manual_seed(0)
+    trainer.fit(model, datamodule=data)
+    return model, trainer
+
+
+@pytest.mark.parametrize("augment", [Augment(), Augment(mixup=0.2)], ids=["plain", "mixup"])
+def test_digits_are_learned(tmp_path, augment):
+    data = module(batch_size=32, test_fraction=0.1, augment=augment)
+    model, trainer = fit(tmp_path, data, max_epochs=3, limit_val_batches=0)
+    trainer.test(model, datamodule=data, verbose=False)
+    assert torch.cat(model.hits).float().mean() > 0.85
+
+
+def test_the_checkpoint_holds_classes_and_normalisation(tmp_path, tree):
+    data = module()
+    _, trainer = fit(tmp_path, data, max_steps=1, limit_val_batches=0)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=False)["VisionDataModule"]
+    assert saved == {"classes": list("0123456789"), "mean": [0.5], "std": [0.5]}
+    module().load_state_dict(saved)
+    with pytest.raises(
+        ValueError, match="normalization: the checkpoint was trained with mean 0.5, and the data has 0.0"
+    ):
+        module(normalization="unit").load_state_dict(saved)
+    with pytest.raises(ValueError, match="classes: the checkpoint was trained with classes 0, 1, 2, 3, ..., and the"):
+        module(tree).load_state_dict(saved)
+    assert module(view="pixels", pixel_values="token").state_dict() == {"classes": list("0123456789")}
+
+
+def test_the_package_loads_lazily():
+    heavy = ("lightning", "torchvision", "timm", "sklearn", "PIL")
+    code = f"import sys, mambakit.datamodules.vision; print(*[name for name in {heavy!r} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []
