@@ -28,7 +28,7 @@ def log_vandermonde(v: Tensor, x: Tensor, length: int, *, backend: str = "auto")
         v: weights (..., N), complex64 or complex128.
         x: logarithms of the bases (..., N), one of each conjugate pair; leading axes broadcast against v's.
         length: L, at least 1.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "triton" (complex64), "torch" or "reference".
 
     Returns:
         K (..., L), float32, or float64 where v or x is complex128. Gradients flow to v and x.
@@ -62,7 +62,7 @@ def log_vandermonde_transpose(u: Tensor, x: Tensor, *, backend: str = "auto") ->
     Args:
         u: (..., L), float32 or float64.
         x: (..., N), complex64 or complex128; leading axes broadcast against u's.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "triton" (complex64), "torch" or "reference".
 
     Returns:
         s (..., N), complex64, or complex128 where u or x is of 64 bits a number. Gradients flow to u and x.
@@ -96,7 +96,7 @@ def cauchy(v: Tensor, z: Tensor, w: Tensor, *, backend: str = "auto") -> Tensor:
             products of S4's low-rank correction.
         z: nodes (M,), finite, of w's precision; no gradient flows to them.
         w: poles (..., N), one of each conjugate pair.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "triton" (complex64), "torch" or "reference".
 
     Returns:
         r (v's axes but the last, M), complex64, or complex128 where an argument is. Gradients flow to v and w. At a
@@ -155,7 +155,7 @@ def _leading_axes(name: str, **tensors: Tensor) -> torch.Size:
 
 
 def _not_in_triton(dtype: torch.dtype) -> str | None:
-    return f"it has no Triton kernel for {dtype}"
+    return "its kernel computes in float32 and an input is of float64" if dtype == torch.complex128 else None
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -163,6 +163,10 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _implementation(backend: str) -> Any:
+    if backend == "triton":
+        from mambakit.kernels.generators import triton_launch
+
+        return triton_launch
     return chunked
 
 
