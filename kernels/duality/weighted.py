@@ -58,7 +58,7 @@ def weighted_ssd(
     Raises:
         ValueError: an unknown backend, or one that cannot serve the call.
     """
-    chosen = dispatch.choose(NAME, backend, x, "it has no Triton kernel", warn=False).backend
+    chosen = dispatch.choose(NAME, backend, x, _not_in_triton(x, weights, log_decays, B, C)).backend
     tensors = (x, weights, log_decays, B, C, D, z, initial_state, seq_idx)
     if chosen == "reference":
         return ssd_reference(*tensors)
@@ -67,8 +67,22 @@ def weighted_ssd(
 
 
 def _implementation(backend: str) -> ModuleType:
-    """The module whose ``ssd_forward`` and ``ssd_backward`` serve."""
+    """The module whose ``ssd_forward``, ``ssd_backward`` and ``span_count`` serve; Triton loads here."""
+    if backend == "triton":
+        from mambakit.kernels.duality import triton_kernels
+
+        return triton_kernels
     return chunked
+
+
+def _not_in_triton(x: Tensor, weights: Tensor, log_decays: Tensor, B: Tensor, C: Tensor) -> str | None:
+    if ssd_dtype(x, weights, log_decays, B, C) == torch.float64:
+        return "an argument is float64, and the kernel computes in float32"
+    if x.shape[3] > 128:
+        return f"a head has {x.shape[3]} channels, and the kernel holds at most 128"
+    if B.shape[3] > 256:
+        return f"d_state is {B.shape[3]}, and the kernel holds at most 256 states a channel"
+    return None
 
 
 def _forward(

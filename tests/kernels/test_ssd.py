@@ -8,10 +8,17 @@ import torch
 from torch import Tensor
 
 from mambakit.kernels import selective_scan, ssd, use_backend
-from mambakit.kernels.duality import chunked
+from mambakit.kernels.duality import chunked, weighted, weighted_ssd
 from mambakit.kernels.testing import assert_close, poisoned_memory, random_tensor
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+BACKENDS = ["torch", "reference", "triton"]
+TILE = 32  # steps of a tile of the Triton kernels, in float32
+
+
+def device_of(backend: str) -> str:
+    """Triton's kernels are tested where it compiles, and in its interpreter where there is no GPU."""
+    return DEVICES[-1] if backend == "triton" else "cpu"
 
 
 def arguments(
@@ -56,7 +63,7 @@ def run(given: dict[str, Any], autocast: bool = False, **changed: Any) -> dict[s
         for name, value in {**given, **changed}.items()
     }
     leaves = {name: t for name, t in given.items() if isinstance(t, Tensor) and t.requires_grad}
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+    with torch.autocast(given["x"].device.type, dtype=torch.bfloat16, enabled=autocast):
         out, final = ssd(**given)
         loss = sum(
             (t * random_tensor(*t.shape, seed=100 + i, dtype=t.dtype, device=t.device.type)).sum()
@@ -183,12 +190,13 @@ def test_split_law(cut):
     assert_close("final", joined, end)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_reset_clears_any_state(backend):
     """Were it infinite: what another sequence left must come neither into results nor into gradients."""
-    given = arguments(length=12, chunk_size=4)
+    dtype, device = torch.float32 if backend == "triton" else torch.float64, device_of(backend)
+    given = arguments(length=12, chunk_size=4, dtype=dtype, device=device)
     given["initial_state"] = torch.full_like(given["initial_state"], torch.inf)
-    given["seq_idx"] = (torch.arange(12) >= 5).int().expand(2, -1)
+    given["seq_idx"] = (torch.arange(12, device=device) >= 5).int().expand(2, -1)
     clean = {**given, "initial_state": torch.zeros_like(given["initial_state"])}
     timed = ("x", "dt", "B", "C", "z")
     found = []
@@ -201,16 +209,18 @@ def test_a_reset_clears_any_state(backend):
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_changes_no_bit(backend):
-    given = arguments(dtype=torch.float32, backend=backend)
+    given = arguments(dtype=torch.float32, backend=backend, device=device_of(backend))
     want, got = run(given), run(given, autocast=True)
     for name in want:
         assert torch.equal(got[name], want[name]), name
 
 
-def test_a_training_step_compiles_without_a_break():
-    given = arguments(dtype=torch.float32, packed=True)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_training_step_compiles_without_a_break(backend):
+    device = device_of(backend)
+    given = arguments(dtype=torch.float32, packed=True, device=device, backend=backend)
     want = run(given)
     torch._dynamo.reset()
     leaves = {
@@ -221,15 +231,17 @@ def test_a_training_step_compiles_without_a_break():
         out, final = ssd(**{**given, **leaves})
         return (out * random_out).sum() + (final * random_final).sum()
 
-    random_out = random_tensor(*want["out"].shape, seed=100)
-    random_final = random_tensor(*want["final"].shape, seed=101)
+    random_out = random_tensor(*want["out"].shape, seed=100, device=device)
+    random_final = random_tensor(*want["final"].shape, seed=101, device=device)
     torch.compile(loss, fullgraph=True, backend="aot_eager")(leaves).backward()
     for name, leaf in leaves.items():
         assert_close(f"d{name}", leaf.grad, want[f"d{name}"])
 
 
-def test_every_element_is_written_and_strides_do_not_matter():
-    given = arguments(packed=True)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_every_element_is_written_and_strides_do_not_matter(backend):
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    given = arguments(packed=True, backend=backend, dtype=dtype, device=device_of(backend))
     want = run(given)
     turned = {
         name: value.transpose(0, -1).contiguous().transpose(0, -1) if isinstance(value, Tensor) else value
@@ -240,6 +252,73 @@ def test_every_element_is_written_and_strides_do_not_matter():
     with poisoned_memory():
         check(run(turned), want)
     assert all(torch.equal(turned[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"length": 1},
+        {"length": TILE - 1, "D": "head", "groups": 1},
+        {"length": TILE, "optional": False},
+        {"length": TILE + 1, "packed": True, "groups": 4},
+        {"length": 2 * TILE + 3, "batch": 1},
+        {"length": 2 * TILE + 3, "batch": 1, "packed": True, "dt_limit": (0.3, 1.1)},
+        {"length": 6 * TILE - 5, "batch": 1, "heads": 2, "groups": 1, "packed": True},
+        {"length": 5 * TILE, "batch": 1, "heads": 2, "channels": 16, "d_state": 20},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("cut", ["whole", "cut"])
+def test_triton_gives_the_outputs_and_gradients_of_the_definition(options, cut, monkeypatch):
+    """Of float64 from the same numbers; time in one segment and heads one a program, and the other way round."""
+    from mambakit.kernels.duality import triton_backward, triton_forward
+
+    monkeypatch.setattr(triton_forward, "SHORTEST", 1 if cut == "cut" else 1000)
+    monkeypatch.setattr(triton_backward, "PROGRAMS", 1 if cut == "whole" else 1000)
+    given = arguments(dtype=torch.float32, device=device_of("triton"), **options)
+    wide = {n: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in given.items()}
+    with poisoned_memory():
+        got = run(given, backend="triton")
+    check(got, run(wide, backend="reference"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_triton_takes_half_precision(dtype):
+    given = arguments(length=70, batch=1, packed=True, dtype=dtype, device=device_of("triton"))
+    wide = {n: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in given.items()}
+    got, want = run(given, backend="triton"), run(wide, backend="reference")
+    assert got["out"].dtype == dtype and got["final"].dtype == torch.float32
+    for name in want:
+        assert name in ("out", "final") or got[name].dtype == dtype
+        assert_close(name, got[name], want[name], 5e-3 if dtype == torch.float16 else 2e-2)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_operator_check(backend):
+    given = arguments(length=9, batch=1, heads=2, packed=True, dtype=torch.float32, device=device_of(backend))
+    names = ("x", "dt", "dt", "B", "C", "D", "z", "initial_state")
+    tensors = [given[name].clone().requires_grad_() for name in names]
+    tensors[2] = -given["dt"].abs()
+    options = (given["seq_idx"], 4, backend)
+    torch.library.opcheck(weighted._ssd, (*tensors, *options))
+    with torch.no_grad():
+        out, final, starts = weighted._ssd(*tensors, *options)
+    tensors = [tensor.detach() for tensor in tensors]
+    torch.library.opcheck(weighted._ssd_backward, (out, final, *tensors, options[0], starts, *options[1:]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_and_decays_of_their_own(backend):
+    """A decay of 0 forgets everything, whatever its weight; a decay of 1 and a weight of 0 change nothing."""
+    given = arguments(length=6, batch=1, dtype=torch.float32, device=device_of(backend), optional=False)
+    x, B, C = given["x"], given["B"], given["C"]
+    weights, logs = torch.ones_like(given["dt"]), torch.zeros_like(given["dt"])
+    logs[:, 3], weights[:, 4:] = -torch.inf, 0.0
+    out, final = weighted_ssd(x, weights, logs, B, C, chunk_size=4, backend=backend)
+    heads = [h // 2 for h in range(4)]
+    state = torch.einsum("bhp,bhn->bhpn", x[:, 3], B[:, 3][:, heads])
+    assert_close("final", final, state)
+    assert_close("out", out[:, 5], torch.einsum("bhpn,bhn->bhp", state, C[:, 5][:, heads]))
 
 
 def test_saved_memory_is_inputs_and_one_state_a_span(monkeypatch):
@@ -295,12 +374,23 @@ def test_wrong_arguments_are_named(changed, error, words):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("device", DEVICES)
-def test_auto_is_torch_and_says_nothing_about_missing_kernels(device):
-    given = arguments(device=device)
-    auto = ssd(**given)[0]
-    assert torch.equal(auto, ssd(**given, backend="torch")[0])
+def test_auto_on_the_cpu_is_torch():
+    given = arguments(dtype=torch.float32)
+    assert torch.equal(ssd(**given)[0], ssd(**given, backend="torch")[0])
     with use_backend("reference"):
         assert torch.equal(ssd(**given)[0], ssd(**given, backend="reference")[0])
-    with pytest.raises(ValueError, match="ssd: backend='triton' cannot serve"):
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtype": torch.float64}, "float64"),
+        ({"channels": 129, "length": 1}, "129 channels"),
+        ({"d_state": 257, "length": 1}, "d_state is 257"),
+    ],
+    ids=str,
+)
+def test_triton_says_what_it_does_not_take(options, words):
+    given = arguments(**{"dtype": torch.float32, "device": device_of("triton"), **options})
+    with pytest.raises(ValueError, match=f"ssd: backend='triton' cannot serve this call: .*{words}"):
         ssd(**given, backend="triton")

@@ -1,0 +1,62 @@
+"""The Triton kernels of ``ssd``, as the operator calls them.
+
+``triton_common`` says how time is cut and what the kernels share; ``triton_states`` makes the states where segments of
+time meet, ``triton_forward`` the outputs, ``triton_backward`` the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import triton.language as tl
+from torch import Tensor
+
+from mambakit.kernels.duality.triton_backward import ssd_backward, ssd_backward_kernel
+from mambakit.kernels.duality.triton_common import prepare_kernel
+from mambakit.kernels.duality.triton_forward import ssd_forward, ssd_forward_kernel
+from mambakit.kernels.duality.triton_states import join_kernel, states_kernel
+
+__all__ = ["compile_examples", "span_count", "ssd_backward", "ssd_forward"]
+
+
+def span_count(x: Tensor, chunk_size: int) -> int:
+    """States that the forward keeps for the backward: none, which computes its own."""
+    return 0
+
+
+def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]]:
+    """(kernel, signature, constexprs, num_warps) of typical calls, to compile without a GPU.
+
+    A signature gives each argument its Triton type (``*bf16``, ``i32``, ``constexpr``); an absent tensor is a
+    constexpr None.
+    """
+    absent = dict.fromkeys(("z", "owners", "dz", "initial", "entering", "D", "dD"))
+    shape = {"P": 64, "BP": 64, "WIDTH": 512, "AHEAD": 8, "BH": 32, "SEGMENT": 4, "STAGES": 2, "STATE": 8192}
+    cases: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("bf16", {"N": 128, "BN": 128, "Q": 64, "OPERAND": tl.bfloat16, "PRECISION": "tf32"}),
+        ("bf16", {"N": 64, "BN": 64, "Q": 64, "OPERAND": tl.bfloat16, "PRECISION": "tf32"} | absent),
+        ("fp16", {"N": 64, "BN": 64, "Q": 32, "OPERAND": tl.float32, "PRECISION": "tf32"} | absent),
+        ("fp32", {"N": 48, "BN": 64, "Q": 32, "OPERAND": tl.float32, "PRECISION": "tf32x3"}),
+    )
+    for dtype, options in cases:
+        for kernel, num_warps, reverse in (
+            (prepare_kernel, 4, False),
+            (states_kernel, 4, False),
+            (states_kernel, 4, True),
+            (join_kernel, 4, True),
+            (ssd_forward_kernel, 4, False),
+            (ssd_backward_kernel, 8, False),
+        ):
+            yield kernel, *_typed(kernel, dtype, shape | options | {"REVERSE": reverse}), num_warps
+
+
+def _typed(kernel: Any, dtype: str, constants: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
+    """The signature of ``kernel`` with activations of ``dtype``, and those constants that it takes."""
+    activations = {"x", "B", "C", "z", "out", "dout", "dx", "dz", "befores", "afters"}
+    wide = {"weights", "logs", "log_decays", "rows", "D", "entering", "final", "initial", "states", "throughs"}
+    wide |= {"dweights", "dlogs", "dB", "dC", "dD"}
+    types = dict.fromkeys(activations, f"*{dtype}") | dict.fromkeys(wide, "*fp32") | {"owners": "*i32"}
+    types |= dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+    return signature, {name: value for name, value in constants.items() if name in signature}
