@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ class Bidirectional(NonCausal):
         return y + y_back if self.strategy == "add" else y * y_back
 
 
-def _is_plain(mixer: Any) -> bool:
+def _is_plain(mixer: SequenceMixer) -> TypeGuard[Mamba1]:
     """Whether ``mix_both`` computes what this mixer does: it is a Mamba-1 without norms of dt, B and C."""
     return type(mixer) is Mamba1 and not mixer.has_norms
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -110,17 +110,18 @@ def mix_both(
     lengths: Tensor | None,
 ) -> Tensor:
     """:func:`mambakit.kernels.inner.bimamba_inner` of xz (B, L, 2D) with the weights of two directions."""
-    convs, x_projs, dt_projs, A_logs, Ds = zip(forwards, backwards, strict=True)
-    A_log = torch.stack(A_logs)
+    both = (forwards, backwards)
+    A_log = torch.stack([one.A_log for one in both])
+    bias = None if forwards.conv1d.bias is None else torch.stack([cast(Tensor, one.conv1d.bias) for one in both])
     return bimamba_inner(
         xz,
-        torch.stack([conv.weight.squeeze(1) for conv in convs]),
-        None if convs[0].bias is None else torch.stack([conv.bias for conv in convs]),
-        torch.stack([x_proj.weight for x_proj in x_projs]),
-        torch.stack([dt_proj.weight for dt_proj in dt_projs]),
+        torch.stack([one.conv1d.weight.squeeze(1) for one in both]),
+        bias,
+        torch.stack([one.x_proj.weight for one in both]),
+        torch.stack([one.dt_proj.weight for one in both]),
         -torch.exp(A_log if A_log.dtype == torch.float64 else A_log.float()),
-        torch.stack(Ds),
-        torch.stack([dt_proj.bias for dt_proj in dt_projs]),
+        torch.stack([one.D for one in both]),
+        torch.stack([one.dt_proj.bias for one in both]),
         out_proj_weight,
         out_proj_bias,
         scale=scale,

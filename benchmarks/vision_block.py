@@ -1,0 +1,182 @@
+"""Vision Mamba's stack on a CUDA device: whole training steps and inference of Vim-tiny by resolution.
+
+    PYTHONPATH=. python3 benchmarks/vision_block.py             # 224, 512 and 1,248 pixels, bfloat16 autocast
+    PYTHONPATH=. python3 benchmarks/vision_block.py --profile   # and where the time goes, kernel by kernel
+
+Vim-tiny (Zhu et al. 2024, arXiv 2401.09417) as it is trained: patches of 16 pixels by a convolution, a class token in
+the middle, positions, 24 layers of norm, VimMixer and addition of width 192, a linear head, cross-entropy, fused AdamW.
+First two layers of the same width are compared, loss and every gradient, with the definitions in float64. Then random
+weights, images and labels, one batch: times are medians of ``triton.testing.do_bench`` over whole steps, Python
+included; ``stack`` is the 24 layers alone, forward, and forward and backward. Peak memory is PyTorch's largest
+allocation over a training step, optimiser state included. The recorded peers are Vim-tiny restated on mamba_ssm
+2.3.2.post1's CUDA scan and causal-conv1d 1.7, and timm's deit_tiny with flash attention, on one H200.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from harness import milliseconds
+from torch import Tensor, nn
+from train_step import _kernels as kernel_times
+
+from mambakit.backbone import Backbone
+from mambakit.kernels import use_backend
+from mambakit.kernels.testing import assert_close
+
+D_MODEL, N_LAYERS, PATCH, CLASSES = 192, 24, 16, 1000
+# pixels: batch
+SIZES = {224: 128, 512: 32, 1248: 8}
+# pixels: images a second in training and inference, GiB in training
+PEER = {224: (943, 2600, 7.55), 512: (154, 594, 9.61), 1248: (35, 133, 14.09)}
+DEIT = {224: (4047, 18780, 2.32), 512: (1188, 4881, 2.96), 1248: (167, 618, 4.36)}
+
+
+class VimTiny(nn.Module):
+    """Images (B, 3, S, S) to logits (B, 1000)."""
+
+    def __init__(self, pixels: int, n_layers: int = N_LAYERS) -> None:
+        super().__init__()
+        patches = (pixels // PATCH) ** 2
+        self.patch_embed = nn.Conv2d(3, D_MODEL, PATCH, PATCH)
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, D_MODEL))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, patches + 1, D_MODEL))
+        self.backbone = Backbone(D_MODEL, n_layers, mixer="vim")
+        self.head = nn.Linear(D_MODEL, CLASSES)
+        self.middle = patches // 2
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch_embed(images).flatten(2).transpose(1, 2)
+        token = self.cls_token.expand(len(x), -1, -1).to(x.dtype)
+        x = torch.cat((x[:, : self.middle], token, x[:, self.middle :]), dim=1) + self.pos_embed
+        return self.head(self.backbone(x)[:, self.middle])
+
+
+def check() -> None:
+    """Loss and every gradient of two layers under autocast, beside the definitions in float64."""
+    torch.manual_seed(1)
+    model = VimTiny(96, 2).cuda()
+    exact = copy.deepcopy(model).double()
+    images, labels = torch.randn(2, 3, 96, 96, device="cuda"), torch.randint(CLASSES, (2,), device="cuda")
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        loss = F.cross_entropy(model(images), labels)
+    loss.backward()
+    with use_backend("reference"):
+        want = F.cross_entropy(exact(images.double()), labels)
+        want.backward()
+    assert_close("loss", loss, want, 0.01)
+    for (name, parameter), other in zip(model.named_parameters(), exact.parameters(), strict=True):
+        assert parameter.grad is not None and other.grad is not None, name
+        assert_close(name, parameter.grad, other.grad, 0.03)  # a dozen roundings to 8 bits: about 0.01
+
+
+def measure(pixels: int, profile: bool = False) -> dict[str, Any]:
+    """One resolution's images a second and milliseconds; with ``profile`` the kernels of one training step."""
+    check()
+    torch.manual_seed(0)
+    batch, model = SIZES[pixels], VimTiny(pixels).cuda()
+    images = torch.randn(batch, 3, pixels, pixels, device="cuda")
+    labels = torch.randint(CLASSES, (batch,), device="cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> Tensor:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    @torch.no_grad()
+    def infer() -> None:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            model(images)
+
+    step()
+    if not torch.isfinite(step()):
+        raise RuntimeError(f"vision_block: the loss at {pixels} pixels is not finite")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    train_ms, infer_ms = milliseconds(step), milliseconds(infer)
+    row = {
+        "work": f"Vim-tiny, {pixels} pixels, batch {batch}",
+        "pixels": pixels,
+        "train_ms": train_ms,
+        "infer_ms": infer_ms,
+        "train_images_per_second": 1e3 * batch / train_ms,
+        "infer_images_per_second": 1e3 * batch / infer_ms,
+        "peak_gib": peak,
+        **_stack(model.backbone, batch, (pixels // PATCH) ** 2 + 1),
+    }
+    if profile:
+        row |= {"kernels": kernel_times(step), "infer_kernels": kernel_times(infer)}
+    return row
+
+
+def _stack(backbone: Backbone, batch: int, length: int) -> dict[str, float]:
+    """Milliseconds of the layers alone: forward without gradients, and forward and backward."""
+    x = torch.randn(batch, length, D_MODEL, device="cuda", requires_grad=True)
+    parameters = [x, *backbone.parameters()]
+
+    def forward() -> Tensor:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            return backbone(x)
+
+    def both() -> Any:
+        y = forward()
+        return torch.autograd.grad(y, parameters, torch.ones_like(y))
+
+    return {"stack_forward_ms": milliseconds(torch.no_grad()(forward)), "stack_both_ms": milliseconds(both)}
+
+
+def line(row: dict[str, Any], device: str) -> str:
+    text = (
+        f"{row['work']:>32}   train {row['train_images_per_second']:,.0f} img/s, {row['peak_gib']:.2f} GiB; "
+        f"infer {row['infer_images_per_second']:,.0f} img/s; "
+        f"stack {row['stack_forward_ms']:.2f} / {row['stack_both_ms']:.2f} ms"
+    )
+    if "H200" in device:
+        for name, (train, infer, peak) in (("reference Vim", PEER[row["pixels"]]), ("deit_tiny", DEIT[row["pixels"]])):
+            text += f"\n{name + ' (recorded)':>32}   train {train:,} img/s, {peak:.2f} GiB; infer {infer:,} img/s"
+    return text
+
+
+WORKS: dict[str, Callable[[], dict[str, Any]]] = {str(pixels): (lambda p=pixels: measure(p)) for pixels in SIZES}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pixels", type=int, nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--profile", action="store_true", help="also list the kernels of one step")
+    parser.add_argument("--json", type=Path, help="also write every figure here")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device here; this benchmark times GPU kernels")
+    device, rows = torch.cuda.get_device_name(), []
+    print(f"{device}, torch {torch.__version__}, triton {triton.__version__}")
+    for pixels in options.pixels:
+        rows.append(measure(pixels, options.profile))
+        print(line(rows[-1], device), flush=True)
+        for kind in ("kernels", "infer_kernels"):
+            found = rows[-1].get(kind, [])
+            if found:
+                print(f"{kind}: {sum(row[2] for row in found):.2f} ms")
+            for name, calls, time in found[:25]:
+                print(f"{time:8.3f} ms {calls:5d} x {name[:90]}")
+    if options.json:
+        versions = {"device": device, "torch": torch.__version__, "triton": triton.__version__}
+        options.json.write_text(json.dumps(versions | {"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
