@@ -7,11 +7,12 @@ nothing else is needed to build the model again.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from mambakit.datamodules.text import Tokenizer
@@ -41,7 +42,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def check_fits(checkpoint: dict[str, Any], model: nn.Module, path: str | Path) -> None:
     """Raise ValueError, naming keys and sizes, unless the checkpoint's weights are those of ``model``."""
-    saved, wanted = checkpoint["state_dict"], model.state_dict()
+    faults = misfits(checkpoint["state_dict"], model.state_dict())
+    if faults:
+        raise ValueError(
+            f"checkpoint: {path} is of another model: {'; '.join(faults)}; use the config.yaml that lies beside its run"
+        )
+
+
+def misfits(saved: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """What keeps ``saved`` from being loaded strictly as ``wanted``: sizes and keys, the nearest beside each."""
     different = [
         f"{key} is {tuple(saved[key].shape)} in the file, {tuple(wanted[key].shape)} in the model"
         for key in wanted
@@ -49,15 +58,11 @@ def check_fits(checkpoint: dict[str, Any], model: nn.Module, path: str | Path) -
     ]
     extra = [key for key in saved if key not in wanted]
     missing = [_beside(key, extra) for key in wanted if key not in saved]
-    faults = [
+    return [
         *_listed("differing sizes", different),
         *_listed("the file lacks", missing),
         *_listed("the model lacks", extra),
     ]
-    if faults:
-        raise ValueError(
-            f"checkpoint: {path} is of another model: {'; '.join(faults)}; use the config.yaml that lies beside its run"
-        )
 
 
 def load_language_model(path: str | Path) -> tuple[LanguageModel, Tokenizer]:

@@ -1,5 +1,7 @@
-"""Key maps and loaders for other ecosystems' checkpoints."""
+"""Released language models of other systems: their configurations, their key names, their folders."""
 
-from mambakit.interop.mamba import language_model_from_config, load_language_model, rename_keys
+from mambakit.interop.configs import language_model_from_config
+from mambakit.interop.folders import load_language_model
+from mambakit.interop.keys import rename_keys
 
 __all__ = ["language_model_from_config", "load_language_model", "rename_keys"]
