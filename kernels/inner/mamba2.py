@@ -71,10 +71,9 @@ def forward(given: Arguments, options: Options, backend: str) -> tuple[Tensor, T
         out = inputs @ weight.t()
     else:
         out = torch.addmm(given.out_proj_bias.to(y.dtype), inputs, weight.t())
-    nothing = y.new_empty(0)
     again = backend == "triton"
-    # An operator may not return one tensor twice: without norm and MLP, out_proj's input is y.
-    kept = Kept(y, rstd, starts, nothing if again else xBC, nothing if again or inputs is y else inputs)
+    # Without norm and MLP out_proj's input is y, and an operator may not return one tensor twice.
+    kept = Kept(y, rstd, starts, y.new_empty(0) if again else xBC, y.new_empty(0) if again or inputs is y else inputs)
     return out.view(*given.projected.shape[:2], -1), final_state, kept
 
 
@@ -93,25 +92,21 @@ def backward(
     dgate, dvalue, dz, dxBC, ddt = split(dprojected, size)
     gate, value, z, x_in, dt = split(given.projected, size)
 
-    if kept.inputs.numel():
-        inputs = kept.inputs
-    else:
-        inputs, _ = _out_proj_inputs(given, options, size, kept.y, backend)
-    dout_proj_weight = weight_gradient(dout, inputs, given.out_proj_weight)
-    del inputs
-    dy = dinputs[:, size.mlp :]
+    dy, y = dinputs[:, size.mlp :], kept.y
     if size.mlp:
-        slope, gate, value = dinputs[:, : size.mlp].view(gate.shape), gate, value
+        slope = dinputs[:, : size.mlp].view(gate.shape)
         dvalue.copy_(slope * F.silu(gate))
         dgate.copy_(torch.ops.aten.silu_backward(slope * value, gate))
     dnorm_weight = None
     if given.norm_weight is not None:
+        y = None if kept.inputs.numel() else torch.empty_like(kept.y)
         grouping = (options.norm_before_gate, size.inner // size.groups)
-        dy, dz_tokens, dnorm_weight = norm.gated_rms_norm_backward(
-            dy, kept.y, _tokens(z), given.norm_weight, kept.rstd, *grouping
+        dy, _, dnorm_weight = norm.gated_rms_norm_backward(
+            dy, kept.y, _tokens(z), given.norm_weight, kept.rstd, *grouping, dz=_tokens(dz), y=y
         )
-        dz.copy_(dz_tokens.view(dz.shape))
-        del dz_tokens
+    inputs = _beside_mlp(given, size, y) if y is not None else kept.inputs
+    dout_proj_weight = weight_gradient(dout, inputs, given.out_proj_weight)
+    del inputs, y
     xBC = kept.xBC if kept.xBC.numel() else _convolve(given, size, conv)
     arguments = _recurrence(given, options, size, xBC)
     dy = dy.reshape(*xBC.shape[:2], size.heads, size.channels)
@@ -155,9 +150,7 @@ def _tokens(tensor: Tensor) -> Tensor:
 def _convolve(given: Arguments, size: Sizes, conv: ModuleType) -> Tensor:
     """SiLU(conv(x, B, C)), (B, L, K)."""
     xBC = split(given.projected, size)[3]
-    return conv.forward(
-        xBC, given.conv_weight, given.conv_bias, given.conv_state, given.seq_idx, True, False
-    )
+    return conv.forward(xBC, given.conv_weight, given.conv_bias, given.conv_state, given.seq_idx, True, False)
 
 
 def _recurrence(given: Arguments, options: Options, size: Sizes, xBC: Tensor) -> tuple[Any, ...]:
@@ -169,19 +162,23 @@ def _recurrence(given: Arguments, options: Options, size: Sizes, xBC: Tensor) ->
     return x, steps, decays, B, C, per_head(given.D, size), gate, given.ssm_state, given.seq_idx
 
 
-def _out_proj_inputs(
-    given: Arguments, options: Options, size: Sizes, y: Tensor, backend: str
-) -> tuple[Tensor, Tensor]:
+def _out_proj_inputs(given: Arguments, options: Options, size: Sizes, y: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """The input of out_proj (T, E + D) from y (T, D), and the norm's rstd (T, G), empty without a norm."""
-    gate, value, z, _, _ = split(given.projected, size)
     rstd = y.new_empty(0, dtype=torch.promote_types(y.dtype, torch.float32))
     if given.norm_weight is not None:
         grouping = (options.norm_before_gate, size.inner // size.groups)
-        _, _, norm = implementations(backend)
+        z = split(given.projected, size)[2]
+        norm = implementations(backend)[2]
         y, rstd = norm.gated_rms_norm(y, _tokens(z), given.norm_weight, options.eps, *grouping)
-    if size.mlp:
-        y = torch.cat([_tokens(F.silu(gate) * value), y], dim=1)
-    return y, rstd
+    return _beside_mlp(given, size, y), rstd
+
+
+def _beside_mlp(given: Arguments, size: Sizes, y: Tensor) -> Tensor:
+    """y (T, D) behind the MLP's part: (T, E + D), y itself where there is none."""
+    if not size.mlp:
+        return y
+    gate, value, *_ = split(given.projected, size)
+    return torch.cat([_tokens(F.silu(gate) * value), y], dim=1)
 
 
 def _raw_step_gradient(dsteps: Tensor, steps: Tensor, given: Arguments, dt: Tensor, options: Options) -> Tensor:

@@ -43,7 +43,7 @@ class Options(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """E channels of the MLP, D of the recurrence, K of the convolution; H heads, P channels a head, G groups, N states."""
+    """E channels of the MLP, D of the recurrence, K of the convolution; H heads of P channels, G groups, N states."""
 
     mlp: int
     inner: int

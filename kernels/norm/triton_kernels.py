@@ -148,6 +148,7 @@ def norm_backward(
     ds,
     dx,
     dz,
+    recomputed,
     dweight,
     dbias,
     R,
@@ -156,14 +157,16 @@ def norm_backward(
     dsummed_row,
     s_row,
     z_row,
+    dz_row,
     GATE: tl.constexpr,
     BR: tl.constexpr,
     NT: tl.constexpr,
     TK: tl.constexpr,
 ):
-    """ds, the gradient of s or of x under a gate, the same again in dx's dtype, dz, and each program's share of dweight
-    and dbias: partial sums that the caller adds up in a fixed order. Grid (programs, G); program p takes the BR rows
-    number p, p + programs, ... dsummed, z with dz, mean (an RMS norm), dx and dbias may be None.
+    """ds, the gradient of s or of x under a gate, the same again in dx's dtype, dz, under a gate the forward's y
+    (``recomputed``), and each program's share of dweight and dbias: partial sums that the caller adds up in a fixed
+    order. Grid (programs, G); program p takes the BR rows number p, p + programs, ... dsummed, z with dz, mean (an RMS
+    norm), dx, recomputed and dbias may be None.
     """
     group, groups = tl.program_id(1), tl.num_programs(1)
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -202,9 +205,15 @@ def norm_backward(
         more_dweights = ()
         more_dbiases = ()
         dzs = ()
+        ys = ()
         for i in tl.static_range(NT):
             grad = dy_tiles[i].to(tl.float32)
             normed += (values[i] * scale,)
+            if recomputed is not None:
+                again = normed[i] * w[i].to(tl.float32)
+                if GATE == GATE_AFTER_NORM:
+                    again = again * z_tiles[i].to(tl.float32) * _sigmoid(z_tiles[i].to(tl.float32))
+                ys += (again,)
             if GATE == GATE_AFTER_NORM:
                 before = z_tiles[i].to(tl.float32)
                 sigmoid = _sigmoid(before)
@@ -235,7 +244,9 @@ def norm_backward(
                 result = result * (before * sigmoid)
             results += (result,)
         if GATE != NO_GATE:
-            _store_tiles(dz + out, here, dzs, K, NT, TK)
+            _store_tiles(dz + row * dz_row + column, here, dzs, K, NT, TK)
+            if recomputed is not None:
+                _store_tiles(recomputed + out, here, ys, K, NT, TK)
         _store_tiles(ds + out, here, results, K, NT, TK)
         if dx is not None:
             _store_tiles(dx + out, here, results, K, NT, TK)
@@ -253,12 +264,13 @@ def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], in
     forward |= {"summed": "*fp32", "mean": "*fp32", "rstd": "*fp32", "R": "i32", "K": "i32", "eps": "fp32"}
     forward |= dict.fromkeys(("x_row", "residual_row", "z_row"), "i64")
     backward = {"dy": "*bf16", "dsummed": "*fp32", "s": "*fp32", "z": "*bf16", "weight": "*fp32", "dx": "*bf16"}
+    backward |= {"recomputed": "*bf16", "dz_row": "i64"}
     backward |= dict.fromkeys(("mean", "rstd", "ds", "dz", "dweight", "dbias"), "*fp32") | {"R": "i32", "K": "i32"}
     backward |= dict.fromkeys(("dy_row", "dsummed_row", "s_row", "z_row"), "i64")
     for centered, gate in ((False, NO_GATE), (True, NO_GATE), (False, GATE_BEFORE_NORM), (False, GATE_AFTER_NORM)):
         constants = {"GATE": gate.value, "BR": 4, "NT": 6, "TK": 128}
         absent: list[str] = [] if centered else ["mean", "bias", "dbias"]
-        absent += ["residual", "summed", "dsummed", "dx"] if gate.value else ["z", "dz"]
+        absent += ["residual", "summed", "dsummed", "dx"] if gate.value else ["z", "dz", "recomputed"]
         for kernel, signature in ((norm_forward, forward), (norm_backward, backward)):
             fixed = constants | {name: None for name in absent if name in signature}
             yield kernel, signature | dict.fromkeys(fixed, "constexpr"), fixed, 4

@@ -51,7 +51,7 @@ def add_norm_backward(
     """As :func:`mambakit.kernels.norm.chunked.add_norm_backward`."""
     dx = None if dtype == s.dtype else torch.empty(s.shape, dtype=dtype, device=s.device)
     gate, channels = NO_GATE.value, s.shape[1]
-    ds, _, dweight, dbias = _backward(dy, dsummed, s, None, weight, bias, mean, rstd, dx, gate, channels)
+    ds, dweight, dbias = _backward(dy, dsummed, s, None, weight, bias, mean, rstd, dx, gate, channels)
     return ds, ds if dx is None else dx, dweight, dbias
 
 
@@ -63,12 +63,22 @@ def gated_rms_norm(
 
 
 def gated_rms_norm_backward(
-    dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, rstd: Tensor, norm_before_gate: bool, group_size: int
+    dy: Tensor,
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    norm_before_gate: bool,
+    group_size: int,
+    dz: Tensor | None = None,
+    y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`mambakit.kernels.norm.chunked.gated_rms_norm_backward`."""
     gate = _gate(norm_before_gate)
-    dx, dz, dweight, _ = _backward(dy, None, x, z, weight, None, None, rstd, None, gate, group_size)
-    return dx, dx if dz is None else dz, dweight
+    if dz is None:
+        dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    dx, dweight, _ = _backward(dy, None, x, z, weight, None, None, rstd, None, gate, group_size, dz, y)
+    return dx, dz, dweight
 
 
 def _gate(norm_before_gate: bool) -> int:
@@ -135,15 +145,18 @@ def _backward(
     dx: Tensor | None,
     gate: int,
     group_size: int,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """The gradients of s (or of x under a gate), z, weight and bias; that of s is written into dx too where given."""
+    dz: Tensor | None = None,
+    y: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients of s (or of x under a gate), weight and bias; that of s is written into dx too where given, that of
+    z into dz, and the forward's y into y.
+    """
     rows, channels = s.shape
     groups = channels // group_size
     dy, s = _dense(dy), _dense(s)
     dsummed = None if dsummed is None else _dense(dsummed)
     z = None if z is None else _dense(z)
     ds = torch.empty(rows, channels, dtype=s.dtype, device=s.device)
-    dz = None if z is None else torch.empty(rows, channels, dtype=z.dtype, device=s.device)
     tile = tiling(group_size)
     programs = min(triton.cdiv(PROGRAMS, groups), triton.cdiv(rows, tile.rows))
     dweight = torch.empty(programs, channels, dtype=torch.float32, device=s.device)
@@ -161,6 +174,7 @@ def _backward(
         ds,
         dx,
         dz,
+        y,
         dweight,
         dbias,
         rows,
@@ -169,6 +183,7 @@ def _backward(
         0 if dsummed is None else dsummed.stride(0),
         s.stride(0),
         0 if z is None else z.stride(0),
+        0 if dz is None else dz.stride(0),
         GATE=gate,
         BR=tile.rows,
         NT=tile.tiles,
@@ -176,7 +191,7 @@ def _backward(
         num_warps=tile.warps,
     )
     summed_bias = None if bias is None or dbias is None else dbias.sum(0).to(bias.dtype)
-    return ds, dz, dweight.sum(0).to(weight.dtype), summed_bias
+    return ds, dweight.sum(0).to(weight.dtype), summed_bias
 
 
 def _dense(rows: Tensor) -> Tensor:

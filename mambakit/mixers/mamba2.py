@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambakit.kernels import causal_conv1d, causal_conv1d_update, gated_rms_norm, selective_state_update, ssd
+from mambakit.kernels import causal_conv1d_update, gated_rms_norm, selective_state_update
 from mambakit.kernels.duality import step_sizes
+from mambakit.kernels.inner.mamba2_op import mamba2_inner
 from mambakit.mixers.base import SequenceMixer, State, last_inputs
 
 
@@ -154,33 +155,31 @@ class Mamba2(SequenceMixer):
         lengths: Tensor | None = None,
         return_state: bool = False,
     ) -> tuple[Tensor, Mamba2State | None]:
-        mlp, z, xBC, dt = self._split(self.in_proj(x))
+        projected = self.in_proj(x)
         before = None if state is None else state.conv
-        convolved = causal_conv1d(
-            xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu", initial_state=before, seq_idx=seq_idx
-        )
-        u, B, C = self._heads(convolved)
-        steps: dict[str, Any] = {"dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": self.dt_limit}
-        if lengths is not None:  # a step of exactly 0 at padding, whatever the limits: the memory stands still
-            padding = torch.arange(x.shape[1], device=x.device) >= lengths.unsqueeze(1)
-            dt, steps = self._steps(dt).masked_fill(padding.unsqueeze(-1), 0), {}
-        y, ssm_state = ssd(
-            u,
-            dt,
+        y, ssm_state = mamba2_inner(
+            projected,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.dt_bias,
             self._A(),
-            B,
-            C,
-            self._D(),
-            z if self.norm is None else None,
+            self.D,
+            None if self.norm is None else self.norm.weight,
+            self.out_proj.weight,
+            self.out_proj.bias,
+            ngroups=self.ngroups,
+            dt_limit=self.dt_limit,
+            eps=0.0 if self.norm is None else self.norm.eps,
+            norm_before_gate=self.norm is not None and self.norm.norm_before_gate,
             chunk_size=self.chunk_size,
-            initial_state=None if state is None else state.ssm,
+            conv_state=before,
+            ssm_state=None if state is None else state.ssm,
             seq_idx=seq_idx,
-            return_final_state=True,
-            **steps,
+            lengths=lengths,
         )
-        y = self._project(y, z, mlp)
         if not return_state:
             return y, None
+        xBC = self._split(projected)[2]
         return y, Mamba2State(last_inputs(xBC, lengths, self.d_conv - 1, before, seq_idx), ssm_state)
 
     def step(self, x_t: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
