@@ -30,9 +30,10 @@ class Augment:
         scale: the piece of ``resized``, as a fraction of the image's area.
         ratio: its width over its height.
         flip: probability of a horizontal flip.
-        color_jitter: brightness, contrast and saturation each times 1 - x to 1 + x.
         auto_augment: a policy by timm's notation: ``rand-m9-mstd0.5-inc1`` (RandAugment; Cubuk et al., 2020),
             ``augmix-m5-w3``, ``3a``, ``original``.
+        color_jitter: brightness, contrast and saturation each times 1 - x to 1 + x; also beside a policy, where timm's
+            own script leaves it out.
         random_erasing: probability that a rectangle of the normalised image is erased (Zhong et al., 2020).
         erasing_mode: what fills it: ``const`` zero, ``rand`` one normal draw a channel, ``pixel`` one a pixel.
         mixup: alpha of mixup (Zhang et al., 2018): image i of the batch becomes w x_i + (1 - w) x_j, its label
@@ -54,8 +55,8 @@ class Augment:
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.0
-    color_jitter: float = 0.0
     auto_augment: str | None = None
+    color_jitter: float = 0.0
     random_erasing: float = 0.0
     erasing_mode: Literal["const", "rand", "pixel"] = "pixel"
     mixup: float = 0.0
@@ -123,7 +124,7 @@ def training_transform(
     from torchvision.transforms import InterpolationMode, v2
 
     mode = InterpolationMode(interpolation)
-    channels, height, width = shape
+    height, width = shape[1:]
     if options.crop == "resized":
         size, scale, ratio = (height, width), options.scale, options.ratio
         steps: list[Transform] = [v2.RandomResizedCrop(size, scale, ratio, interpolation=mode)]
@@ -133,19 +134,26 @@ def training_transform(
         steps.append(v2.RandomCrop((height, width), options.padding, padding_mode=options.padding_mode))
     if options.flip:
         steps.append(v2.RandomHorizontalFlip(options.flip))
+    if options.auto_augment:
+        steps.append(_policy(options.auto_augment, shape, interpolation, normalization))
     if options.color_jitter:
         strength = options.color_jitter
         steps.append(v2.ColorJitter(strength, strength, strength))
-    if options.auto_augment:
-        steps.append(_policy(options.auto_augment, min(height, width), channels, normalization))
     return v2.Compose(steps)
 
 
-def _policy(name: str, side: int, channels: int, normalization: Normalization) -> Transform:
+def _policy(
+    name: str, shape: tuple[int, int, int], interpolation: Interpolation, normalization: Normalization
+) -> Transform:
     from timm.data import auto_augment as timm
 
+    channels, *sides = shape
     fill = [min(255, round(255 * value)) for value in normalization.mean] * (channels // len(normalization.mean))
-    hints: dict[str, Any] = {"translate_const": int(side * 0.45), "img_mean": tuple(fill) if channels > 1 else fill[0]}
+    hints: dict[str, Any] = {
+        "translate_const": int(min(sides) * 0.45),
+        "img_mean": tuple(fill) if channels > 1 else fill[0],
+        "interpolation": Image.Resampling[interpolation.upper()],
+    }
     make = timm.auto_augment_transform
     if name.startswith("rand"):
         make = timm.rand_augment_transform

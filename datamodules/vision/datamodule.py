@@ -222,8 +222,8 @@ class VisionDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Fetch or unpack torchvision's sets, in one process; other sources need nothing."""
         for data in (self.data, self.validation_data, self.test_data):
-            if data is not None and data in sources.NAMES:
-                sources.open_parts(data, self.root, self.download)
+            if data is not None:
+                sources.prepare(data, self.root, self.download)
 
     def setup(self, stage: str | None = None) -> None:
         """List and cut the images; ``stage`` (fit, validate, test, predict; None for all) must have its parts."""

@@ -185,6 +185,18 @@ def open_parts(data: str, root: str | Path = ".", download: bool = False) -> dic
     return {part: FileSource(files, name) for part, name in parts.items()}
 
 
+def prepare(data: str, root: str | Path, download: bool) -> None:
+    """Fetch what torchvision may fetch, unpack what it unpacks; nothing for other sources.
+
+    Raises:
+        FileNotFoundError: ImageNet's archives are not there; says which and where they come from.
+    """
+    if data in _TORCHVISION and download:
+        _torchvision(data, root, download)
+    elif data == IMAGENET:
+        _unpack_imagenet(Path(root).expanduser().absolute())
+
+
 def open_part(part: str, data: str, root: str | Path = ".", download: bool = False) -> ImageSource:
     """A source given for one part: its own part of that name where it has one, else all of it.
 
@@ -286,6 +298,11 @@ def _torchvision(data: str, root: str | Path, download: bool) -> dict[str, Image
 
 def _imagenet(root: str | Path) -> dict[str, ImageSource]:
     folder = Path(root).expanduser().absolute()
+    _unpack_imagenet(folder)
+    return {"train": FileSource(open_files(folder / "train")), "validation": FileSource(open_files(folder / "val"))}
+
+
+def _unpack_imagenet(folder: Path) -> None:
     for part in ("train", "val"):
         if (folder / part).is_dir():
             continue
@@ -299,4 +316,3 @@ def _imagenet(root: str | Path) -> dict[str, ImageSource]:
                 f"fetched freely: put ILSVRC2012_devkit_t12.tar.gz and ILSVRC2012_img_{part}.tar there, from "
                 f"image-net.org/challenges/LSVRC/2012"
             ) from None
-    return {"train": FileSource(open_files(folder / "train")), "validation": FileSource(open_files(folder / "val"))}

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.data import auto_augment
+from timm.data import auto_augment, create_transform
 from torchvision.transforms import v2
 
 from mambakit.datamodules.vision import Augment, VisionDataModule
-from mambakit.datamodules.vision.augment import mixing, training_transform
+from mambakit.datamodules.vision.augment import erasing, mixing, training_transform
 from mambakit.datamodules.vision.normalization import CONVENTIONS
 
 
@@ -158,11 +158,89 @@ def test_original_policies_are_mended_too():
     assert all(one.aug_fn is not auto_augment.posterize for policy in step.policy for one in policy)
 
 
-def test_geometry_is_torchvisions():
-    options = Augment(crop="pad", flip=0.5, color_jitter=0.1)
+def test_the_order_of_steps():
+    options = Augment(crop="pad", flip=0.5, color_jitter=0.1, auto_augment="rand-m9")
     transform = training_transform(options, (3, 8, 8), 8, "bilinear", CONVENTIONS["half"])
     kinds = [type(step) for step in transform.transforms]
-    assert kinds == [v2.Compose, v2.RandomCrop, v2.RandomHorizontalFlip, v2.ColorJitter]
+    assert kinds == [v2.Compose, v2.RandomCrop, v2.RandomHorizontalFlip, auto_augment.RandAugment, v2.ColorJitter]
+
+
+def test_a_policy_moves_the_mean_into_the_picture():
+    options = Augment(auto_augment="rand-m9-n1-p1.0")
+    transform = training_transform(options, (3, 40, 40), None, "nearest", CONVENTIONS["imagenet"])
+    translate = next(step for step in transform.transforms[-1].ops if step.name == "TranslateXRel")
+    pixels = {
+        tuple(pixel) for pixel in np.asarray(translate(Image.new("RGB", (40, 40), "red"))).reshape(-1, 3).tolist()
+    }
+    assert pixels == {(255, 0, 0), (124, 116, 104)}
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("crop_pct", [0.875, 1.0])
+def test_evaluation_is_timms(tree, interpolation, crop_pct):
+    options = {"image_size": 5, "interpolation": interpolation, "crop_pct": crop_pct}
+    data = VisionDataModule(str(tree), validation_batch_size=8, normalization="imagenet", **options)
+    timms = create_transform(5, interpolation=interpolation, crop_pct=crop_pct)
+    source = data._part("validation").source
+    wanted = torch.stack([timms(source.image(index, 3)) for index in range(8)])
+    assert torch.allclose(next(iter(data.val_dataloader()))["inputs"], wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["constant", "reflect", "symmetric"])
+def test_padding(mode):
+    options = Augment(crop="pad", padding=2, padding_mode=mode)
+    transform = training_transform(options, (1, 4, 4), None, "nearest", CONVENTIONS["half"])
+    image = np.arange(1, 17, dtype=np.uint8).reshape(4, 4)
+    wide = np.pad(image, 2, mode=mode)
+    cuts = {wide[y : y + 4, x : x + 4].tobytes() for y in range(5) for x in range(5)}
+    found = {np.asarray(transform(Image.fromarray(image))).tobytes() for _ in range(40)}
+    assert found <= cuts and len(found) > 5
+
+
+def test_resized_pieces_have_the_area_asked_for():
+    """A ramp whose value is the place: the range of values tells how wide the piece was."""
+    ramp = Image.fromarray(np.tile(np.arange(0, 200, dtype=np.uint8), (200, 1)))
+    options = Augment(crop="resized", scale=(0.25, 0.25), ratio=(1.0, 1.0))
+    transform = training_transform(options, (1, 200, 200), None, "nearest", CONVENTIONS["half"])
+    widths = [int(np.ptp(np.asarray(transform(ramp)).astype(int))) for _ in range(10)]
+    assert all(98 <= width <= 101 for width in widths)
+
+
+@pytest.mark.parametrize(("mode", "rows", "within"), [("const", 1, 1), ("rand", 3, 1), ("pixel", 3, 9)])
+def test_erasing_modes(mode, rows, within):
+    """How many values fill the hole: none but zero, one a channel, one a pixel."""
+    torch.manual_seed(0)
+    erase = erasing(Augment(random_erasing=1.0, erasing_mode=mode))
+    (image,) = erase(torch.full((1, 3, 40, 40), 7.0))
+    hole = image[:, (image != 7.0).any(0)]
+    assert hole.shape[1] > 9 and len({tuple(row.tolist()) for row in hole}) == rows
+    assert min(len(set(row.tolist())) for row in hole) >= within and (within > 1 or len(set(hole[0].tolist())) == 1)
+
+
+def test_mixup_and_cutmix_share():
+    images, labels = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+
+    def ratios(**options):
+        mixed, _ = mixing(Augment(mixup=1.0, cutmix=1.0, **options), 4)(images.clone(), labels)
+        return torch.stack(
+            [
+                ((row == image) | (row == other)).float().mean()
+                for row, image, other in zip(mixed, images, images.flip(0), strict=True)
+            ]
+        )
+
+    np.random.seed(0)
+    assert all((ratios(cutmix_share=1.0) == 1).all() for _ in range(8)), "each pixel is one image's or the other's"
+    assert all((ratios(cutmix_share=0.0) < 0.1).all() for _ in range(8))
+
+
+@pytest.mark.parametrize(("mode", "weights"), [("batch", 1), ("pair", 2), ("elem", 4)])
+def test_mix_modes(mode, weights):
+    np.random.seed(0)
+    mix = mixing(Augment(mixup=1.0, mix_mode=mode), 4)
+    _, labels = mix(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3]))
+    assert torch.allclose(labels.sum(1), torch.ones(4))
+    assert len({round(float(labels[row, row]), 5) for row in range(4)}) == weights
 
 
 @pytest.mark.parametrize(

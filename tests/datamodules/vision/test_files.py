@@ -65,6 +65,16 @@ def test_a_zip_notices_changed_bytes(tree, pack, kind):
     assert files.read(4)
 
 
+def test_extra_fields_of_a_zip_are_passed_over(tmp_path):
+    """Info-ZIP writes times after the name, more of them in front of the file than in the directory."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        entry = zipfile.ZipInfo("cat/0.png")
+        entry.extra = b"UT\x05\x00\x01\x00\x00\x00\x00"
+        archive.writestr(entry, b"content")
+        entry.extra = b""
+    assert open_files(tmp_path / "a.zip").read(0) == b"content"
+
+
 def rewrite(path: Path, method: int, encrypted: bool = False) -> None:
     with zipfile.ZipFile(path, "w", method) as archive:
         archive.writestr("cat/0.png", b"abc" * 100)

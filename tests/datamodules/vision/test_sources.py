@@ -11,7 +11,7 @@ import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from mambakit.datamodules.vision.sources import ImageError, open_part, open_parts
+from mambakit.datamodules.vision.sources import ImageError, open_part, open_parts, prepare
 
 
 def same_images(one, other) -> bool:
@@ -139,6 +139,32 @@ def test_a_set_that_is_not_there(tmp_path, data, place):
     wanted = rf"no whole {data} in {tmp_path}/{place} .*--data.download true.*data.root"
     with pytest.raises(FileNotFoundError, match=wanted):
         open_parts(data, tmp_path)
+
+
+def test_what_is_prepared(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torchvision.datasets.CIFAR100, "download", lambda self: asked.append(self.root))
+    prepare("cifar100", tmp_path, download=False)
+    prepare("digits", tmp_path, download=True)
+    prepare("nowhere", tmp_path, download=True)
+    assert asked == []
+    with pytest.raises(RuntimeError, match="not found or corrupted"):
+        prepare("cifar100", tmp_path, download=True)
+    assert asked == [tmp_path]
+    with pytest.raises(FileNotFoundError, match="ILSVRC2012_img_train.tar"):
+        prepare("imagenet", tmp_path, download=False)
+
+
+def test_imagenet_is_unpacked_by_torchvision(plant, tmp_path, monkeypatch):
+    plant({"val/n01440764": 2}, name="root")
+
+    def unpack(folder, part):
+        assert part == "train"
+        plant({"train/n01440764": 3}, name="root")
+
+    monkeypatch.setattr(torchvision.datasets, "ImageNet", unpack)
+    parts = open_parts("imagenet", tmp_path / "root")
+    assert {part: len(source) for part, source in parts.items()} == {"train": 3, "validation": 2}
 
 
 def test_imagenet(plant, tmp_path):
