@@ -126,8 +126,8 @@ def _falcon_mamba(config: Config) -> LanguageModel:
 
 
 def _mamba2(config: Config) -> LanguageModel:
-    limits = [_number(limit) for limit in config.get("time_step_limit", (0.0, "inf"))]
-    mixer = partial(Mamba2, **_renamed(config, MAMBA2_FIELDS), dt_limit=tuple(limits))
+    lowest, highest = (_number(limit) for limit in config.get("time_step_limit", (0.0, "inf")))
+    mixer = partial(Mamba2, **_renamed(config, MAMBA2_FIELDS), dt_limit=(lowest, highest))
     backbone = Backbone(config["hidden_size"], config["num_hidden_layers"], mixer, norm_eps=_norm_eps(config))
     for layer in backbone.layers:
         made: Any = layer.mixer
