@@ -19,7 +19,7 @@ from mambakit.kernels import rms_norm
 from mambakit.mixers.base import RightPadded, SequenceMixer, State, check_sequence, check_state_kind
 from mambakit.mlp import Experts, MixtureOfExperts, MLPName, mlp_factory
 
-MixerName = Literal["mamba1", "mamba2", "mamba3", "s4", "s4d", "dss", "s5", "attention", "bidirectional", "vim"]
+MixerName = Literal["mamba1", "mamba2", "mamba3", "s4", "s4d", "dss", "s4nd", "s5", "attention", "bidirectional", "vim"]
 MIXER_HOMES = {
     "mamba1": "mambakit.mixers.mamba1:Mamba1",
     "mamba2": "mambakit.mixers.mamba2:Mamba2",
@@ -27,6 +27,7 @@ MIXER_HOMES = {
     "s4": "mambakit.mixers.s4:S4",
     "s4d": "mambakit.mixers.s4d:S4D",
     "dss": "mambakit.mixers.s4d:DSS",
+    "s4nd": "mambakit.mixers.s4nd:S4ND",
     "s5": "mambakit.mixers.s5:S5",
     "attention": "mambakit.mixers.attention:Attention",
     "bidirectional": "mambakit.mixers.bidirectional:Bidirectional",

@@ -8,6 +8,7 @@ from mambakit.mixers.mamba2 import Mamba2, Mamba2State
 from mambakit.mixers.mamba3 import Mamba3, Mamba3State
 from mambakit.mixers.s4 import S4, S4State
 from mambakit.mixers.s4d import DSS, S4D, S4DState
+from mambakit.mixers.s4nd import S4ND, S4NDConv
 from mambakit.mixers.s5 import S5, S5State
 from mambakit.mixers.vim import VimMixer
 
@@ -15,6 +16,7 @@ __all__ = [
     "DSS",
     "S4",
     "S4D",
+    "S4ND",
     "S5",
     "Attention",
     "AttentionState",
@@ -27,6 +29,7 @@ __all__ = [
     "Mamba3State",
     "NonCausal",
     "S4DState",
+    "S4NDConv",
     "S4State",
     "S5State",
     "SequenceMixer",

@@ -10,7 +10,7 @@ import torch
 
 from mambakit import Backbone
 from mambakit.kernels.testing import random_tensor
-from mambakit.mixers import DSS, S4, S4D, S5, Attention, Bidirectional, Mamba1, Mamba2, Mamba3, VimMixer
+from mambakit.mixers import DSS, S4, S4D, S4ND, S5, Attention, Bidirectional, Mamba1, Mamba2, Mamba3, VimMixer
 from mambakit.mlp import SwiGLU
 
 D_MODEL = 8
@@ -22,7 +22,8 @@ class Case:
 
     ``causal``: False where outputs see later elements too; laws about a state are skipped then, which has none.
     ``grows``: its state does so with the sequence, as a cache of keys and values. ``exact``: no rounding passes
-    between elements that do not concern each other, as an FFT's does.
+    between elements that do not concern each other, as an FFT's does. ``packs``: a row may hold several sequences; not
+    where it is one grid, of which the sequences of a row would each need their own.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Case:
     causal: bool = True
     grows: bool = False
     exact: bool = True
+    packs: bool = True
 
 
 CASES = [
@@ -68,6 +70,13 @@ CASES = [
     Case("s4d-inv-bilinear", partial(S4D, d_state=2, init="inv", discretization="bilinear", rate=8.0), exact=False),
     Case("s4d-real", partial(S4D, d_state=6, dt_min=0.1, init="real", lr=1e-3), exact=False),
     Case("dss", partial(DSS, d_state=4, dt_min=0.05), exact=False),
+    Case("s4nd", partial(S4ND, grid=(None, 3), d_state=2), causal=False, packs=False),
+    Case(
+        "s4nd-video-dplr",
+        partial(S4ND, grid=(None, 2, 1), d_state=2, systems="dplr", bidirectional=(True, False, True), bandlimit=4.0),
+        causal=False,
+        packs=False,
+    ),
     Case("s5", partial(S5, d_state=4, dt_min=0.1, dt_max=1.0)),
     Case("s5-blocks", partial(S5, d_state=8, blocks=2, rate=8.0, lr=1e-3)),
     Case("vim", partial(VimMixer, d_state=3), causal=False),
@@ -104,6 +113,13 @@ def stateful(case):
     """For laws about a state: nothing to hold where a model hears both directions and has none."""
     if not case.causal:
         pytest.skip("not causal: there is no state, and test_no_state asks that whatever wants one is refused")
+
+
+@pytest.fixture
+def packing(case):
+    """For laws about seq_idx: a model for which a row is one grid refuses it, as its own tests ask."""
+    if not case.packs:
+        pytest.skip("a row is one grid: seq_idx is refused")
 
 
 @pytest.fixture(params=DEVICES)

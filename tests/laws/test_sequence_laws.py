@@ -57,6 +57,7 @@ def test_split_states_agree(bench):
     check_states(bench, joined, whole)
 
 
+@pytest.mark.usefixtures("packing")
 @pytest.mark.parametrize("lengths", [(5, 1, 7), (13,), (1, 1, 11)])
 def test_packing(bench, lengths):
     """Sequences packed in one row with seq_idx behave as if each were alone, gradients included."""
@@ -114,6 +115,7 @@ def test_padding_continues_a_state(bench):
     check_states(bench, end.index_select(row), want_end)
 
 
+@pytest.mark.usefixtures("packing")
 def test_padding_with_packing(bench):
     """Packed sequences in a padded row: the mask moves both, and the state is that of the last real sequence."""
     x = bench.x(1, 8)
