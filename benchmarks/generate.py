@@ -1,4 +1,4 @@
-"""Generation with a Mamba-1 language model of random weights on one GPU: right first, then tokens a second.
+"""Generation with a language model of Mamba-1 or Mamba-2, random weights, one GPU: right first, then tokens a second.
 
     PYTHONPATH=. python3 benchmarks/generate.py                       # the table of the peers
     PYTHONPATH=. python3 benchmarks/generate.py --only 130m_b1 --profile
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mambakit import Backbone
+from mambakit.backbone import MixerName
 from mambakit.generation import generate, release_graphs
 from mambakit.generation.fused import FusedStep, obstacle
 from mambakit.generation.graph import Decoder
@@ -42,6 +43,7 @@ class Work(NamedTuple):
     prompt: int
     new: int
     peer: float | None
+    mixer: MixerName = "mamba1"
 
 
 WORKS = {
@@ -49,6 +51,8 @@ WORKS = {
     "1.4b_b1": Work(2048, 48, 1, 128, 128, 413),
     "130m_b64": Work(768, 24, 64, 2048, 128, 33_972),
     "1.4b_b128": Work(2048, 48, 128, 2048, 128, 6_680),
+    "mamba2_130m_b1": Work(768, 24, 1, 128, 128, 925, "mamba2"),
+    "mamba2_130m_b64": Work(768, 24, 64, 2048, 128, 29_388, "mamba2"),
 }
 
 
@@ -111,7 +115,7 @@ def measure(
 
 def build(work: Work, dtype: torch.dtype, device: torch.device) -> LanguageModel:
     with device:
-        model = LanguageModel(VOCABULARY, Backbone(work.d_model, work.n_layers))
+        model = LanguageModel(VOCABULARY, Backbone(work.d_model, work.n_layers, work.mixer))
     return model.to(dtype).eval().requires_grad_(False)
 
 
@@ -149,8 +153,7 @@ def seconds_of(function: Any) -> float:
 
 def step_bytes(step: FusedStep) -> int:
     """What one step must move: every matrix once, the states in and out."""
-    matrices = [step.head] + [w for layer in step.layers for w in (layer.in_proj, layer.x_proj, layer.dt_proj)]
-    matrices += [layer.out_proj for layer in step.layers]
+    matrices = [step.head] + [matrix for layer in step.layers for matrix in layer.matrices]
     states = step.state.tensors()
     return sum(m.numel() * m.element_size() for m in matrices) + 2 * sum(s.numel() * s.element_size() for s in states)
 
@@ -182,7 +185,7 @@ def main() -> None:
             continue
         figures.append(one := measure(name, temperature=options.temperature))
         print(
-            f"{name:10} {one['tokens_per_second']:9,.0f} tokens/s (peer {one['peer_tokens_per_second']:,.0f})   "
+            f"{name:15} {one['tokens_per_second']:9,.0f} tokens/s (peer {one['peer_tokens_per_second']:,.0f})   "
             f"step {one['step_milliseconds']:.3f} ms, {one['step_of_floor']:.0%} of floor   "
             f"prompt {one['prompt_milliseconds']:.1f} ms   peak {one['peak_bytes'] / 2**30:.2f} GiB   "
             f"logits {one['logits_error']:.2g}"

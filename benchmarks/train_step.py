@@ -1,13 +1,15 @@
 """Time one training step of a Mamba language model on a CUDA device: loss, backward, fused AdamW.
 
     PYTHONPATH=. python3 benchmarks/train_step.py             # Mamba-1 130M, 16 x 2,048 tokens, bfloat16 autocast
+    PYTHONPATH=. python3 benchmarks/train_step.py --mixer mamba2
     PYTHONPATH=. python3 benchmarks/train_step.py --profile   # and where the time goes, kernel by kernel
     PYTHONPATH=. python3 benchmarks/train_step.py --batch 1 --length 1048576 --checkpointing --backbone-only --steps 1
 
 First two layers of the same width are compared, loss and every gradient, with the definitions in float64. Then random
 weights, random tokens, one batch: times are wall-clock medians of whole steps, the device idle at the start of each.
 Peak memory is PyTorch's largest allocation over a step, optimiser state included. The recorded peer is mamba_ssm
-2.3.2.post1 with its CUDA kernels on one H200: 173,000 tokens/s and 33.0 GB for the first command's work.
+2.3.2.post1 with its CUDA kernels on one H200: 173,000 tokens/s and 33.0 GB for the first command's work, 221,000 and
+33.2 for the second's.
 """
 
 from __future__ import annotations
@@ -19,13 +21,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import triton
 from torch import Tensor, nn
 
-from mambakit.backbone import Backbone
+from mambakit.backbone import Backbone, MixerName
 from mambakit.kernels import use_backend
 from mambakit.kernels.testing import assert_close
 from mambakit.models import LanguageModel
@@ -38,6 +40,7 @@ def measure(
     length: int = 2048,
     d_model: int = 768,
     n_layers: int = 24,
+    mixer: MixerName = "mamba1",
     vocabulary: int = VOCABULARY,
     checkpointing: bool = False,
     backbone_only: bool = False,
@@ -48,16 +51,16 @@ def measure(
 
     Args:
         batch, length: sequences and tokens of each.
-        d_model, n_layers, vocabulary: the model, its embedding tied to its head.
+        d_model, n_layers, mixer, vocabulary: the model, its embedding tied to its head.
         checkpointing: recompute each layer in the backward pass.
         backbone_only: forward and backward of the backbone on random vectors: no embedding, loss or optimiser.
         steps: timed steps, after two that are not (one where only one is asked for).
         profile: also ``kernels``, [name, calls, milliseconds] of one step, the longest first, and ``cpu_ms``, how long
             Python needed to launch a step.
     """
-    check(d_model, checkpointing)
+    check(d_model, checkpointing, mixer)
     torch.manual_seed(0)
-    backbone = Backbone(d_model, n_layers, gradient_checkpointing=checkpointing)
+    backbone = Backbone(d_model, n_layers, mixer, gradient_checkpointing=checkpointing)
     model: nn.Module = backbone if backbone_only else LanguageModel(vocabulary, backbone)
     model = model.cuda()
     step = _backbone_step(model, batch, length, d_model) if backbone_only else _step(model, batch, length, vocabulary)
@@ -80,6 +83,7 @@ def measure(
         "length": length,
         "d_model": d_model,
         "n_layers": n_layers,
+        "mixer": mixer,
         "checkpointing": checkpointing,
         "backbone_only": backbone_only,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -93,10 +97,10 @@ def measure(
     return result
 
 
-def check(d_model: int, checkpointing: bool) -> None:
+def check(d_model: int, checkpointing: bool, mixer: MixerName) -> None:
     """Loss and every gradient of two layers under autocast, beside the definitions in float64."""
     torch.manual_seed(1)
-    model = LanguageModel(1000, Backbone(d_model, 2, gradient_checkpointing=checkpointing)).cuda()
+    model = LanguageModel(1000, Backbone(d_model, 2, mixer, gradient_checkpointing=checkpointing)).cuda()
     exact = copy.deepcopy(model).double()
     ids, labels = torch.randint(1000, (2, 2, 130), device="cuda")
     with torch.autocast("cuda", dtype=torch.bfloat16):
@@ -154,7 +158,7 @@ def _kernels(step: Callable[[], Any]) -> list[tuple[str, int, float]]:
 
 def report(result: dict[str, Any], rows: int = 30) -> str:
     lines = [
-        f"{result['batch']} x {result['length']} tokens, {result['parameters'] / 1e6:.0f}M parameters: "
+        f"{result['mixer']}, {result['batch']} x {result['length']} tokens, {result['parameters'] / 1e6:.0f}M: "
         f"{result['milliseconds']:.1f} ms, {result['tokens_per_second']:,.0f} tokens/s, peak {result['peak_gb']:.2f} GB"
     ]
     if "kernels" in result:
@@ -170,6 +174,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--d-model", type=int, default=768)
     parser.add_argument("--n-layers", type=int, default=24)
+    parser.add_argument("--mixer", choices=get_args(MixerName), default="mamba1")
     parser.add_argument("--checkpointing", action="store_true", help="recompute each layer in the backward pass")
     parser.add_argument("--backbone-only", action="store_true", help="no embedding, loss or optimiser")
     parser.add_argument("--steps", type=int, default=10, help="timed steps")

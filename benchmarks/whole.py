@@ -13,10 +13,18 @@ from typing import Any
 import generate
 import train_step
 
+from mambakit.backbone import MixerName
 
-def train() -> dict[str, Any]:
-    found = train_step.measure()
-    return {"work": "train 130m, B 16, L 2048"} | found | {"peer_tokens_per_second": 173_000, "peer_peak_gb": 33.0}
+# Tokens a second and gigabytes.
+TRAINING_PEERS: dict[MixerName, tuple[int, float]] = {"mamba1": (173_000, 33.0), "mamba2": (221_000, 33.2)}
+
+
+def train(mixer: MixerName) -> dict[str, Any]:
+    tokens_per_second, gigabytes = TRAINING_PEERS[mixer]
+    name = "130m" if mixer == "mamba1" else f"{mixer} 130m"
+    found = train_step.measure(mixer=mixer)
+    peer = {"peer_tokens_per_second": tokens_per_second, "peer_peak_gb": gigabytes}
+    return {"work": f"train {name}, B 16, L 2048"} | found | peer
 
 
 def million() -> dict[str, Any]:
@@ -27,12 +35,12 @@ def million() -> dict[str, Any]:
 
 def generation(name: str) -> dict[str, Any]:
     work, found = generate.WORKS[name], generate.measure(name)
-    title = f"generate {name.split('_')[0]}, B {work.batch}, prompt {work.prompt}"
+    title = f"generate {name.rpartition('_')[0].replace('_', ' ')}, B {work.batch}, prompt {work.prompt}"
     return found | {"work": title, "peak_gb": found["peak_bytes"] / 1e9}
 
 
 PARTS: dict[str, dict[str, Callable[[], dict[str, Any]]]] = {
-    "train": {"130m": train},
+    "train": {"130m": partial(train, "mamba1"), "mamba2_130m": partial(train, "mamba2")},
     "generate": {name: partial(generation, name) for name in generate.WORKS},
     "million": {"130m": million},
 }

@@ -281,7 +281,9 @@ def test_whole_models_are_told_beside_their_peer_on_an_h200(bench, monkeypatch):
         "measure",
         lambda name: {"tokens_per_second": 1740.0, "peak_bytes": 5e8, "peer_tokens_per_second": 1160},
     )
-    train, *generated = (run() for part in ("train", "generate") for run in bench.whole.PARTS[part].values())
+    train, train2, *generated = (run() for part in ("train", "generate") for run in bench.whole.PARTS[part].values())
+    assert "train mamba2 130m, B 16, L 2048" in bench.whole.line(train2, "NVIDIA H200")
+    assert "(recorded) 221,000 tokens/s: 1.18x, 33.2 GB" in bench.whole.line(train2, "NVIDIA H200")
     told = bench.whole.line(train, "NVIDIA H200")
     assert "train 130m, B 16, L 2048   260,000 tokens/s, peak 11.00 GB" in told
     assert "(recorded) 173,000 tokens/s: 1.50x, 33.0 GB" in told
@@ -289,6 +291,7 @@ def test_whole_models_are_told_beside_their_peer_on_an_h200(bench, monkeypatch):
     told = bench.whole.line(generated[0], "NVIDIA H200")
     assert "generate 130m, B 1, prompt 128   1,740 tokens/s, peak 0.50 GB" in told and "1,160 tokens/s: 1.50x" in told
     assert len(generated) == len(bench.generate.WORKS)
+    assert generated[-1]["work"] == "generate mamba2 130m, B 64, prompt 2048"
     assert bench.table.models({"models": [train]})[2].startswith(
         "| train 130m, B 16, L 2048 | 260,000 | 173,000 | 1.50 |"
     )

@@ -92,7 +92,8 @@ def backward(
     dgate, dvalue, dz, dxBC, ddt = split(dprojected, size)
     gate, value, z, x_in, dt = split(given.projected, size)
 
-    dy, y = dinputs[:, size.mlp :], kept.y
+    dy: Tensor = dinputs[:, size.mlp :]
+    y: Tensor | None = kept.y
     if size.mlp:
         slope = dinputs[:, : size.mlp].view(gate.shape)
         dvalue.copy_(slope * F.silu(gate))
