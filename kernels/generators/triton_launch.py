@@ -24,10 +24,9 @@ def log_vandermonde(v: Tensor, x: Tensor, length: int) -> Tensor:
     """2 Re sum_n v_n exp(x_n l): v, x (R, N) complex64 to (R, L)."""
     rows, states = x.shape
     out = torch.empty(rows, length, dtype=torch.float32, device=x.device)
-    side, warps = (128, 8) if length > 4096 else (64, 4) if length > 1024 else (32, 4)
-    grid = rows, triton.cdiv(length, side * side)
-    BN = 16 if states <= 16 else 32
-    launch(vandermonde_kernel, grid, _real(v), _real(x), out, length, states, BI=side, BJ=side, BN=BN, num_warps=warps)
+    BI, BJ, BN = _tile(length, states, 128)
+    grid = rows, triton.cdiv(length, BI * BJ)
+    launch(vandermonde_kernel, grid, _real(v), _real(x), out, length, states, BI=BI, BJ=BJ, BN=BN, num_warps=4)
     return out
 
 
@@ -35,8 +34,7 @@ def log_vandermonde_moments(u: Tensor, x: Tensor, first: bool) -> tuple[Tensor, 
     """sum_l u_l exp(x_n l), and where ``first`` is set sum_l l u_l exp(x_n l): u (R, L), x (R, N) to (R, N) each."""
     rows, states = x.shape
     length = u.shape[1]
-    BI, BJ = (32, 64) if length > 1024 else (32, 32)
-    BN = 16 if states <= 16 else 32
+    BI, BJ, BN = _tile(length, states, 64)
     tiles = triton.cdiv(length, BI * BJ)
     shares = [torch.empty(tiles, rows, states, 2, dtype=torch.float32, device=x.device) for _ in range(1 + first)]
     launch(
@@ -112,6 +110,11 @@ def cauchy_backward(dout: Tensor, residues: Tensor, poles: Tensor, z: Tensor) ->
         num_warps=4,
     )
     return _total(dresidues), _total(dpoles)
+
+
+def _tile(length: int, states: int, widest: int) -> tuple[int, int, int]:
+    """BI, BJ and BN: small tiles, several of which share a multiprocessor, beat large ones (docs/kernels.md)."""
+    return 32, min(widest, max(16, triton.next_power_of_2(triton.cdiv(length, 32)))), 16 if states <= 16 else 32
 
 
 def _sets_together(sets: int) -> int:

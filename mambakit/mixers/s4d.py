@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambakit.kernels import selective_scan
+from mambakit.kernels import log_vandermonde, log_vandermonde_transpose, selective_scan
 from mambakit.mixers.base import SequenceMixer, State
 from mambakit.mixers.hippo import legs_spectrum
 
@@ -90,18 +90,42 @@ class S4DKernel(nn.Module):
     def forward(self, length: int, rate: float = 1.0) -> Tensor:
         """K (D, L): K_t = 2 Re sum_n C_n dA_n^t dB_n, the sum over one of each conjugate pair."""
         log_dA, dB, C = self.discretize(rate)
-        return power_sums(log_dA, C * dB, length)
+        return log_vandermonde(C * dB, log_dA, length)
 
     def recur(
         self, x: Tensor, before: Tensor | None, seq_idx: Tensor | None, lengths: Tensor | None, rate: float
     ) -> tuple[Tensor, Tensor]:
-        """The recurrence along x (B, L, D): the selective scan with the same step, 1, at every real element."""
+        """Outputs (B, L, D) and last states (B, D, N/2) of the recurrence along x (B, L, D).
+
+        A linear system's output is what it makes of x plus what it makes of its first state, its last state likewise:
+        a convolution and three sums of exponentials. Where seq_idx clears states between, the selective scan.
+        """
         log_dA, dB, C = self.discretize(rate)
-        steps = torch.ones_like(x)
-        if lengths is not None:  # a step of 0 leaves the state as it is
-            times = torch.arange(x.shape[1], device=x.device)
-            steps = (times < lengths.unsqueeze(1)).to(x.dtype).unsqueeze(-1).expand_as(x)
-        return selective_scan(x, steps, log_dA, dB, C, initial_state=before, seq_idx=seq_idx, return_final_state=True)
+        length = x.shape[1]
+        steps = torch.ones_like(x[..., :1])
+        if lengths is not None:
+            steps = (torch.arange(length, device=x.device) < lengths.unsqueeze(1)).to(x.dtype).unsqueeze(-1)
+        if seq_idx is not None:  # a step of 0 leaves the state as it is; no kernel takes a complex A
+            return selective_scan(
+                x,
+                steps.expand_as(x),
+                log_dA,
+                dB,
+                C,
+                initial_state=before,
+                seq_idx=seq_idx,
+                return_final_state=True,
+                backend="torch",
+            )
+        x = torch.where(steps > 0, x, 0)
+        y = fft_convolve(x, log_vandermonde(C * dB, log_dA, length))
+        h = dB * log_vandermonde_transpose(_from_the_end(x, lengths).mT, log_dA)
+        if before is not None:
+            y = y + log_vandermonde(C * log_dA.exp() * before, log_dA, length).mT
+            count = torch.full_like(x[:, 0, 0], length) if lengths is None else lengths
+            phase = log_dA.to(torch.complex128) * count.view(-1, 1, 1)  # up to 1e5 radians
+            h = h + phase.exp().to(h.dtype) * before
+        return y, h
 
     def step(self, x_t: Tensor, before: Tensor, rate: float) -> tuple[Tensor, Tensor]:
         """One element x_t (B, D) of the recurrence: outputs (B, D), states (B, D, N/2)."""
@@ -119,7 +143,7 @@ class ConvolutionMixer(SequenceMixer):
     kernels K (D, L); ``kernel.recur(x, before, seq_idx, lengths, rate)``, the outputs (B, L, D) and last states
     (B, D, N/2) complex of the recurrence, which begins with the states ``before`` or None; and
     ``kernel.step(x_t, before, rate)``, one element of it. All are computed in float32 at least. Training convolves by
-    FFT, at O(L log L); calls with a state or packed sequences, and ``step``, run the recurrence.
+    FFT, at O(L log L); calls with a state or packed sequences, and ``step``, take the recurrence's view.
     """
 
     state_type: ClassVar[type[ConvolutionState]]
@@ -147,12 +171,13 @@ class ConvolutionMixer(SequenceMixer):
         with torch.autocast(x.device.type, enabled=False):  # FFTs and powers are taken in float32 at least
             wide = x.to(self._dtype())
             if state is None and seq_idx is None and not return_state:
-                y = fft_convolve(wide, self.kernel(x.shape[1], self.rate))
+                kernel = self.kernel(x.shape[1], self.rate)  # its first element takes the skip in
+                y = fft_convolve(wide, torch.cat((kernel[:, :1] + self.D.unsqueeze(1), kernel[:, 1:]), dim=1))
             else:
                 before = None if state is None else torch.view_as_complex(state.ssm.to(wide.dtype))
                 y, last = self.kernel.recur(wide, before, seq_idx, lengths, self.rate)  # type: ignore[operator]
+                y = y + self.D * wide
                 new_state = self.state_type(torch.view_as_real(last))
-            y = y + self.D * wide
         return self._mix_channels(y.to(x.dtype)), new_state if return_state else None
 
     def step(self, x_t: Tensor, state: ConvolutionState) -> tuple[Tensor, ConvolutionState]:
@@ -269,26 +294,53 @@ def initial_A(init: Init, d_state: int) -> Tensor:
     return torch.complex(torch.full_like(n, -0.5), imaginary)
 
 
-def power_sums(log_base: Tensor, weight: Tensor, length: int) -> Tensor:
-    """2 Re sum_n w_n exp(t log_base_n) for t from 0 to L-1: complex (D, N), (D, N) to real (D, L).
-
-    With t = S i + j and S about sqrt(L), the powers factor into those of S i and of j: a product of (D, L/S, N) and
-    (D, N, S) matrices, so that neither L N exponentials are taken nor a (D, N, L) tensor is held.
-    """
-    fine = math.isqrt(length - 1) + 1
-    coarse = -(-length // fine)
-    times = torch.arange(max(fine, coarse), dtype=log_base.real.dtype, device=log_base.device)
-    left = weight.unsqueeze(1) * torch.exp((fine * times[:coarse]).unsqueeze(-1) * log_base.unsqueeze(1))
-    right = torch.exp(log_base.unsqueeze(-1) * times[:fine])
-    product = torch.cat((left.real, -left.imag), dim=2) @ torch.cat((right.real, right.imag), dim=1)
-    return 2 * product.flatten(1)[:, :length]
+def _from_the_end(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """x (B, L, D) with time turned around in its first lengths[b] elements, and zeros behind."""
+    if lengths is None:
+        return x.flip(1)
+    at = lengths.unsqueeze(1) - 1 - torch.arange(x.shape[1], device=x.device)
+    turned = x.gather(1, at.clamp(min=0).unsqueeze(-1).expand_as(x))
+    return turned.masked_fill((at < 0).unsqueeze(-1), 0)
 
 
 def fft_convolve(x: Tensor, kernel: Tensor) -> Tensor:
     """y_t = sum_k K_k x_{t-k} for each channel: x (B, L, D), kernel (D, L) to (B, L, D), float32 or float64.
 
-    A causal convolution through zero-padded FFTs of length 2 L. Rounding (and a NaN) reaches the whole sequence.
+    A causal convolution through zero-padded FFTs, contiguous. Rounding (and a NaN) reaches the whole sequence.
+    Gradients of any order flow to both; no spectrum is kept for them.
     """
-    length = x.shape[1]
-    spectrum = torch.fft.rfft(x, n=2 * length, dim=1) * torch.fft.rfft(kernel, n=2 * length).T
-    return torch.fft.irfft(spectrum, n=2 * length, dim=1)[:, :length]
+    y: Tensor = _Convolution.apply(x.mT, kernel)
+    return y.mT.contiguous()
+
+
+class _Convolution(torch.autograd.Function):
+    """y = x * K along the last axis, x (B, D, L), K (D, L). The gradients are correlations with dy.
+
+    Backward takes the spectrum of x anew: one transform more, where keeping it takes twice the memory of x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: Tensor) -> Tensor:
+        ctx.save_for_backward(x, kernel)
+        length = x.shape[-1]
+        n = fast_length(2 * length - 1)
+        return torch.fft.irfft(torch.fft.rfft(x, n=n).mul_(torch.fft.rfft(kernel, n=n)), n=n)[..., :length]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, kernel = ctx.saved_tensors
+        length = x.shape[-1]
+        n = fast_length(2 * length - 1)
+        slope = torch.fft.rfft(dy, n=n)
+        dx = dkernel = None
+        if ctx.needs_input_grad[1]:
+            shared = torch.fft.rfft(x, n=n).conj_physical_().mul_(slope).sum(0)
+            dkernel = torch.fft.irfft(shared, n=n)[..., :length]
+        if ctx.needs_input_grad[0]:
+            dx = torch.fft.irfft(slope * torch.fft.rfft(kernel, n=n).conj_physical(), n=n)[..., :length]
+        return dx, dkernel
+
+
+def fast_length(least: int) -> int:
+    """The smallest 2^a 3^b 5^c from ``least`` up, b and c small: transforms of prime lengths are slow."""
+    return min(odd << (-(-least // odd) - 1).bit_length() for odd in (1, 3, 5, 9, 15, 25, 27, 45, 75))

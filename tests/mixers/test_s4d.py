@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from mambakit.kernels.testing import assert_close, random_tensor
 from mambakit.mixers import DSS, S4D
-from mambakit.mixers.s4d import Discretization, Init, fft_convolve, initial_A, power_sums
+from mambakit.mixers.s4d import Discretization, Init, fast_length, fft_convolve, initial_A
 from mambakit.optim import parameter_groups
 
 INITS, DISCRETIZATIONS = get_args(Init), get_args(Discretization)
@@ -63,28 +63,54 @@ def test_kernel_is_the_impulse_response_of_the_dense_system(init: str, discretiz
         assert_close(f"channel {d}", got[d], want, 1e-7)
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 48, 49, 50])
-def test_power_sums_are_sums_of_powers(length: int):
-    log_base = random_tensor(2, 3, seed=0, dtype=torch.complex128) / 8
-    weight = random_tensor(2, 3, seed=1, dtype=torch.complex128)
-    t = torch.arange(length, dtype=torch.float64)
-    want = 2 * (weight.unsqueeze(-1) * torch.exp(log_base.unsqueeze(-1) * t)).sum(1).real
-    assert_close("sums", power_sums(log_base, weight, length), want)
+@pytest.mark.parametrize("length", [1, 2, 21])
+def test_fft_convolution_is_the_plain_one(length: int):
+    x, kernel = random_tensor(2, length, 3, seed=0, dtype=torch.float64), random_tensor(3, length, seed=1).double()
+    leaves, results = [x.requires_grad_(), kernel.requires_grad_()], []
+    for convolve in (fft_convolve, plain_convolution):
+        y = convolve(x, kernel)
+        results.append([y, *torch.autograd.grad(y, leaves, random_tensor(2, length, 3, seed=2, dtype=torch.float64))])
+    for got, want in zip(*results, strict=True):
+        assert_close("y", got, want)
+    assert results[0][0].is_contiguous()
 
 
-def test_no_tensor_of_channels_by_states_by_length_is_kept():
-    channels, states, length = 4, 8, 4096
-    log_base = torch.complex(-torch.ones(channels, states), torch.ones(channels, states)).requires_grad_()
-    sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-        power_sums(log_base, torch.ones_like(log_base), length)
-    assert sizes and max(sizes) < channels * states * length // 16
+def plain_convolution(x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    padded = F.pad(x.transpose(1, 2), (x.shape[1] - 1, 0))
+    return F.conv1d(padded, kernel.flip(1).unsqueeze(1), groups=len(kernel)).transpose(1, 2)
 
 
-def test_fft_convolution_is_the_plain_one():
-    x, kernel = random_tensor(2, 21, 3, seed=0, dtype=torch.float64), random_tensor(3, 21, seed=1, dtype=torch.float64)
-    want = F.conv1d(F.pad(x.transpose(1, 2), (20, 0)), kernel.flip(1).unsqueeze(1), groups=3).transpose(1, 2)
-    assert_close("y", fft_convolve(x, kernel), want)
+def test_gradients_of_the_fft_convolution():
+    x, kernel = (random_tensor(*shape, seed=0, dtype=torch.float64).requires_grad_() for shape in ((2, 3, 2), (2, 3)))
+    assert torch.autograd.gradcheck(fft_convolve, (x, kernel))
+    assert torch.autograd.gradgradcheck(fft_convolve, (x, kernel))
+
+
+def test_lengths_of_transforms_have_small_factors():
+    for least in (1, 2, 7, 31, 393, 1999, 32767):
+        n = fast_length(least)
+        assert least <= n <= 1.15 * least + 1
+        for factor in (2, 3, 5):
+            while n % factor == 0:
+                n //= factor
+        assert n == 1
+
+
+@torch.no_grad()
+def test_states_after_different_lengths_are_the_steps_states():
+    """What recur sums up in closed form, from a state on, beside one step after another; padding may hold anything."""
+    torch.manual_seed(0)
+    mixer = S4D(3, 6, dt_min=0.05).double()
+    x, lengths = random_tensor(3, 9, 3, seed=0, dtype=torch.float64), torch.tensor([9, 4, 1])
+    state = mixer(random_tensor(3, 5, 3, seed=1, dtype=torch.float64), return_state=True)[1]
+    mask = torch.arange(9) < lengths.unsqueeze(1)
+    y, last = mixer(torch.where(mask.unsqueeze(-1), x, torch.nan), state=state, mask=mask, return_state=True)
+    for b, length in enumerate(lengths):
+        h = mixer.state_type(state.ssm[b : b + 1])
+        for t in range(length):
+            y_t, h = mixer.step(x[b : b + 1, t], h)
+            assert_close("y", y[b, t], y_t[0], 1e-9)
+        assert_close("state", last.ssm[b], h.ssm[0], 1e-9)
 
 
 @torch.no_grad()
