@@ -96,9 +96,9 @@ def trapezoidal_ssd_chunked(
         y = y + torch.einsum("blhqr,blrhp->blqhp", gamma[..., None, None] * products(C, B), v)
         y = y if D is None else y + D.to(dtype).unsqueeze(-1) * v
         y = y if z is None else y * F.silu(z.to(dtype))
-    return y.to(x.dtype), TrapezoidalState(
-        angle[:, -1], ssm_end, at_end(k, lengths, start.k), at_end(x, lengths, start.v)
-    )
+        k_end = unless_empty(lengths, at_end(k, lengths), start.k)
+        v_end = unless_empty(lengths, at_end(x, lengths).to(dtype), start.v)
+    return y.to(x.dtype), TrapezoidalState(angle[:, -1], ssm_end, k_end, v_end)
 
 
 def products(q: Tensor, k: Tensor) -> Tensor:
@@ -153,10 +153,16 @@ def angle_sums(angles: Tensor, dt: Tensor, start: Tensor, seq_idx: Tensor | None
     return torch.remainder(sums, 2 * math.pi)
 
 
-def at_end(tensor: Tensor, lengths: Tensor | None, before: Tensor) -> Tensor:
-    """The last of each row's elements of ``tensor`` (B, L, ...), or ``before`` (B, ...) where a row has none."""
+def at_end(tensor: Tensor, lengths: Tensor | None) -> Tensor:
+    """(B, ...): the last of each row's elements of ``tensor`` (B, L, ...), or its first where a row has none."""
     if lengths is None:
-        return tensor[:, -1].to(before.dtype)
-    shape = (-1, *(1,) * (before.dim() - 1))
-    index = (lengths - 1).clamp(min=0).view(-1, 1, *shape[1:]).expand(-1, 1, *before.shape[1:])
-    return torch.where(lengths.view(shape) > 0, tensor.gather(1, index).squeeze(1).to(before.dtype), before)
+        return tensor[:, -1]
+    rows = torch.arange(len(tensor), device=tensor.device)
+    return tensor[rows, (lengths - 1).clamp(min=0)]
+
+
+def unless_empty(lengths: Tensor | None, last: Tensor, before: Tensor) -> Tensor:
+    """``last`` (B, ...), or ``before`` where a row has no element."""
+    if lengths is None:
+        return last
+    return torch.where(lengths.view(-1, *(1,) * (last.dim() - 1)) > 0, last, before)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mambakit.kernels import checks, dispatch
 from mambakit.kernels.trapezoid.chunked import trapezoidal_ssd_chunked
+from mambakit.kernels.trapezoid.fused import not_in_triton, trapezoidal_ssd_triton
 from mambakit.kernels.trapezoid.reference import TrapezoidalState, trapezoidal_ssd_reference
 
 NAME = "trapezoidal_ssd"
@@ -86,7 +87,8 @@ def trapezoidal_ssd(
     _check(x, dt, dA, trap, B, C, angles, B_bias, C_bias, mimo_x, D, z, initial_state, seq_idx, lengths)
     if chunk_size < 1:
         raise ValueError(f"{NAME}: chunk_size is {chunk_size}, expected at least 1")
-    chosen = dispatch.choose(NAME, backend, x, "it has no Triton kernel", warn=False).backend
+    obstacle = not_in_triton(x, dt, dA, B, C, mimo_x)
+    chosen = dispatch.choose(NAME, backend, x, obstacle, warn=mimo_x is None).backend
     single = mimo_x is None
     if single:  # one rank, whose axis the implementations see
         B, C, z = B.unsqueeze(2), C.unsqueeze(2), None if z is None else z.unsqueeze(2)
@@ -94,8 +96,10 @@ def trapezoidal_ssd(
     tensors = (x, dt, dA, trap, B, C, angles, B_bias, C_bias, mimo_x, D, z, initial_state, seq_idx, lengths)
     if chosen == "reference":
         out, final_state = trapezoidal_ssd_reference(*tensors)
+    elif chosen == "triton":
+        out, final_state = trapezoidal_ssd_triton(*tensors[:9], *tensors[10:], backend)
     else:
-        out, final_state = trapezoidal_ssd_chunked(*tensors, chunk_size, chosen)
+        out, final_state = trapezoidal_ssd_chunked(*tensors, chunk_size, backend)
     if single:
         out, final_state = out.squeeze(2), final_state._replace(k=final_state.k.squeeze(1))
     return (out, final_state) if return_final_state else out
