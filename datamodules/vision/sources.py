@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,20 @@ class FileSource(ImageSource):
         return found
 
 
+def decodable(source: ImageSource, threads: int) -> np.ndarray:
+    """Decode every image once: (images,) bool, False where that fails."""
+
+    def decodes(index: int) -> bool:
+        try:
+            source.image(index, source.channels)
+        except ImageError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(threads) as pool:
+        return np.fromiter(pool.map(decodes, range(len(source))), dtype=bool, count=len(source))
+
+
 def path_in(root: str | Path, name: str) -> Path:
     """``name`` as an absolute path, a relative one against ``root``; a leading ~ is the home folder."""
     return (Path(root).expanduser() / Path(name).expanduser()).absolute()
@@ -158,7 +173,8 @@ def open_parts(data: str, root: str | Path = ".", download: bool = False) -> dic
     Args:
         data: one of
 
-            - ``digits``: scikit-learn's 1,797 digits of 8 x 8, grey, with the package; no part of its own;
+            - ``digits``: scikit-learn's 1,797 digits of 8 x 8, grey, with the package; no part of its own, and who
+              wrote which is not recorded, so parts cut from it share writers;
             - ``cifar10``, ``cifar100``, ``mnist``, ``fashion-mnist``, ``kmnist``: torchvision's, with their test part;
             - ``imagenet``: ILSVRC 2012, ``root/train`` and ``root/val``, unpacked there by torchvision from the
               official archives if need be;
