@@ -2,5 +2,6 @@
 
 from mambakit.kernels.inner.bimamba_op import bimamba_inner
 from mambakit.kernels.inner.op import mamba_inner
+from mambakit.kernels.inner.packing import Direction
 
-__all__ = ["bimamba_inner", "mamba_inner"]
+__all__ = ["Direction", "bimamba_inner", "mamba_inner"]

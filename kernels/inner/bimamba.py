@@ -3,12 +3,14 @@
 The directions are laid side by side as 2D channels: one scan runs the first half forwards and the second in reverse,
 and with the small projections of both in one matrix, whose other blocks are zero, each product is one for both. The
 zeros double a product of small rank; two products, or a batched one, would read and write as much and cost a launch
-more, and no library splits the long sums of a batched weight gradient.
+more, and no library splits the long sums of a batched weight gradient. ``packing.py`` lays the weights out.
 
-Kept for the backward, beside the arguments: the small projections (2R + 4N numbers a token), the sum of the two scans
-before the gate (D), the scan's states at chunk boundaries. u and delta (2D each) are computed again.
+Kept for the backward, beside the arguments and their packed weights: the small projections (2K numbers a token), the
+sum of the two scans before the gate (D), the scan's states at chunk boundaries. u and delta (2D each) are computed
+again.
 
-Letters: B batch, L length, D channels of a direction, N state size, R rank of dt, W width, M d_model; T = B L tokens.
+Letters: B batch, L length, D channels of a direction, N state size, R rank of dt, W width, M d_model; T = B L tokens;
+K = R + 2N, R rounded up to ``packing.ALIGNED``.
 """
 
 from __future__ import annotations
@@ -20,130 +22,161 @@ import torch
 from torch import Tensor
 
 from mambakit.kernels.inner.fused import implementations, weight_gradient
+from mambakit.kernels.inner.packing import Direction, Layout, Weights
 from mambakit.kernels.inner.reference import NO_STEP, padding
 from mambakit.kernels.scan.reference import HALF
-
-WIDE = 16  # numbers a tensor core takes along a sum; also what aligns the rows of B and C
 
 
 class Arguments(NamedTuple):
     """The tensors of one call, as :func:`mambakit.kernels.inner.bimamba_op.bimamba_inner` describes them."""
 
     xz: Tensor
-    conv_weight: Tensor
-    conv_bias: Tensor | None
-    x_proj_weight: Tensor
-    dt_proj_weight: Tensor
-    A: Tensor
-    D: Tensor
-    dt_bias: Tensor
+    forwards: Direction
+    backwards: Direction
     out_proj_weight: Tensor
     out_proj_bias: Tensor | None
     seq_idx: Tensor | None
     lengths: Tensor | None
 
+    @classmethod
+    def of(cls, tensors: tuple[Tensor | None, ...]) -> Arguments:
+        """From one tensor after another; the inverse of ``flat``."""
+        xz, rest, count = tensors[0], tensors[1:], len(Direction._fields)
+        return cls(xz, Direction(*rest[:count]), Direction(*rest[count : 2 * count]), *rest[2 * count :])  # type: ignore
+
+    def flat(self) -> tuple[Tensor | None, ...]:
+        return (self.xz, *self.forwards, *self.backwards, *self[3:])  # type: ignore[return-value]
+
 
 class Saved(NamedTuple):
-    """What the forward leaves to the backward: x_dbl (T, P + 4N), where P is 2R rounded up to ``WIDE``; the scan's
-    states; total (B, L, D); and the joined projections, flat, as :func:`_matrices` takes them apart.
-    """
+    """What the forward leaves to the backward: x_dbl (T, 2K); the scan's states; total (B, L, D); packed weights."""
 
     x_dbl: Tensor
     checkpoints: Tensor
     total: Tensor
-    joined: Tensor
+    matrices: Tensor
+    vectors: Tensor
+
+
+def layout(given: Arguments) -> Layout:
+    one = given.forwards
+    return Layout(*one.A_log.shape, one.conv_weight.shape[2], one.dt_proj_weight.shape[1], len(given.out_proj_weight))
 
 
 def forward(given: Arguments, scale: float, backend: str) -> tuple[Tensor, Saved]:
     """out (B, L, M), and what the backward wants."""
     conv, scan = implementations(backend)
-    gate = _gate(backend)
-    joined = _join(given)
-    x_proj, dt_proj = _matrices(given, joined)
-    z = given.xz.chunk(2, dim=-1)[1]
-    u = _convolve(conv, given)
-    x_dbl = _tokens(u) @ x_proj.t()
-    delta, B, C = _select(given, x_dbl, dt_proj)
+    gate, packing = _own(backend)
+    cut = layout(given)
+    matrices, vectors = packing.pack(cut, given.xz.dtype, given.forwards, given.backwards, given.out_proj_weight)
+    weights = cut.split(matrices, vectors, given.forwards.conv_bias is not None)
+    u = _convolve(conv, given, weights)
+    x_dbl = _tokens(u) @ weights.x_proj.t()
+    delta, B, C = _select(given, cut, x_dbl, weights)
     y, _, checkpoints = scan.scan_forward(
-        u, delta, given.A.flatten(0, 1), B, C, given.D.flatten(), None, given.dt_bias.flatten(), None, given.seq_idx,
-        True, HALF,
-    )  # fmt: skip
-    total, gated = gate.forward(y, z, scale)
-    out_proj = given.out_proj_weight.to(y.dtype)
+        u, delta, weights.A, B, C, weights.D, None, weights.dt_bias, None, given.seq_idx, True, HALF
+    )
+    total, gated = gate.forward(y, given.xz.chunk(2, dim=-1)[1], scale)
     if given.out_proj_bias is None:
-        out = _tokens(gated) @ out_proj.t()
+        out = _tokens(gated) @ weights.out_proj.t()
     else:
-        out = torch.addmm(given.out_proj_bias.to(y.dtype), _tokens(gated), out_proj.t())
-    return out.view(*y.shape[:2], -1), Saved(x_dbl, checkpoints, total, joined)
+        out = torch.addmm(given.out_proj_bias.to(y.dtype), _tokens(gated), weights.out_proj.t())
+    return out.view(*y.shape[:2], -1), Saved(x_dbl, checkpoints, total, matrices, vectors)
 
 
-def backward(dout: Tensor, given: Arguments, saved: Saved, scale: float, backend: str) -> Arguments:
-    """The gradients of ``given``, each with its argument's shape and dtype; None for what is not given, and seq_idx and
-    lengths.
-    """
+class Gradients(NamedTuple):
+    """Of the weights as they are packed, those of both directions in one tensor."""
+
+    xz: Tensor
+    conv_weight: Tensor
+    conv_bias: Tensor | None
+    x_proj: Tensor
+    dt_proj: Tensor
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
+    out_proj_weight: Tensor
+    out_proj_bias: Tensor | None
+
+
+def backward(dout: Tensor, given: Arguments, saved: Saved, scale: float, backend: str) -> Gradients:
     conv, scan = implementations(backend)
-    x_dbl, checkpoints, total, joined = saved
-    x_proj, dt_proj = _matrices(given, joined)
+    cut, x_dbl = layout(given), saved.x_dbl
+    weights = cut.split(saved.matrices, saved.vectors, given.forwards.conv_bias is not None)
     x, z = given.xz.chunk(2, dim=-1)
     dout = dout.reshape(-1, dout.shape[-1])
-    dgated = (dout @ given.out_proj_weight.to(dout.dtype)).view(z.shape)
+    dgated = (dout @ weights.out_proj).view(z.shape)
     dxz = torch.empty_like(given.xz)
     dx, dz = dxz.chunk(2, dim=-1)
-    gated, dy = _gate(backend).backward(dgated, total, z, scale, dz)
+    gated, dy = _own(backend)[0].backward(dgated, saved.total, z, scale, dz)
     dout_proj_weight = weight_gradient(dout, _tokens(gated), given.out_proj_weight)
     del dgated, gated
-    u = _convolve(conv, given)
-    delta, B, C = _select(given, x_dbl, dt_proj)
+    u = _convolve(conv, given, weights)
+    delta, B, C = _select(given, cut, x_dbl, weights)
     du, ddelta, dA, dB, dC, dD, _, ddt_bias, _ = scan.scan_backward(
-        dy, None, u, delta, given.A.flatten(0, 1), B, C, given.D.flatten(), None, given.dt_bias.flatten(), None,
-        given.seq_idx, checkpoints, True, HALF,
+        dy, None, u, delta, weights.A, B, C, weights.D, None, weights.dt_bias, None, given.seq_idx, saved.checkpoints,
+        True, HALF,
     )  # fmt: skip
     del dy, delta
-    steps = dt_proj.shape[1]
-    dx_dbl = torch.empty_like(x_dbl)
-    torch.mm(_tokens(ddelta), dt_proj, out=dx_dbl[:, :steps])
-    torch.cat((dB.flatten(0, 1).flatten(1), dC.flatten(0, 1).flatten(1)), dim=1, out=dx_dbl[:, steps:])
-    ddt_proj = weight_gradient(_tokens(ddelta), x_dbl[:, :steps], given.dt_proj_weight)
+    ddelta = _tokens(ddelta)
+    dx_dbl = ddelta @ weights.dt_proj
+    pairs = (dB.view(-1, 2, cut.d_state), dC.view(-1, 2, cut.d_state))
+    torch.cat(pairs, dim=2, out=dx_dbl.view(-1, 2, cut.rows)[:, :, cut.dt_rows :])
+    ddt_proj = weight_gradient(ddelta, x_dbl, given.forwards.dt_proj_weight)
     del ddelta
-    dx_proj = weight_gradient(dx_dbl, _tokens(u), given.x_proj_weight)
-    _tokens(du).addmm_(dx_dbl, x_proj)
+    dx_proj = weight_gradient(dx_dbl, _tokens(u), given.forwards.x_proj_weight)
+    _tokens(du).addmm_(dx_dbl, weights.x_proj)
     del u
-    dx_proj_weight, ddt_proj_weight = torch.empty_like(given.x_proj_weight), torch.empty_like(given.dt_proj_weight)
-    for own, joined in zip(_blocks(dx_proj_weight, ddt_proj_weight), _joined(given, dx_proj, ddt_proj), strict=True):
-        own.copy_(joined)
-    halves = []
-    for i, into in enumerate((dx, torch.empty_like(dx))):
-        bias = None if given.conv_bias is None else given.conv_bias[i]
-        halves.append(
-            conv.backward(
-                du.chunk(2, dim=-1)[i], x, given.conv_weight[i], bias, None, given.seq_idx, True, bool(i), dx=into
-            )
+    sides = [
+        conv.backward(
+            half, x, weights.conv_weight[i], None if weights.conv_bias is None else weights.conv_bias[i], None,
+            given.seq_idx, True, bool(i), dx=into,
         )
-    dx += halves[1][0]
-    return Arguments(
+        for i, (half, into) in enumerate(zip(du.chunk(2, dim=-1), (dx, torch.empty_like(dx)), strict=True))
+    ]  # fmt: skip
+    dx += sides[1][0]
+    return Gradients(
         xz=dxz,
-        conv_weight=torch.stack((halves[0][1], halves[1][1])),
-        conv_bias=None if given.conv_bias is None else torch.stack((halves[0][2], halves[1][2])),
-        x_proj_weight=dx_proj_weight,
-        dt_proj_weight=ddt_proj_weight,
-        A=dA.view_as(given.A),
-        D=dD.view_as(given.D),
-        dt_bias=ddt_bias.view_as(given.dt_bias),
+        conv_weight=torch.stack((sides[0][1], sides[1][1])),
+        conv_bias=None if weights.conv_bias is None else torch.stack((sides[0][2], sides[1][2])),
+        x_proj=dx_proj,
+        dt_proj=ddt_proj,
+        dt_bias=ddt_bias,
+        A_log=dA.mul_(weights.A),
+        D=dD,
         out_proj_weight=dout_proj_weight,
         out_proj_bias=None if given.out_proj_bias is None else dout.sum(0).to(given.out_proj_bias.dtype),
-        seq_idx=None,
-        lengths=None,
     )
 
 
-def _gate(backend: str) -> ModuleType:
+def spread(given: Arguments, gradients: Gradients) -> tuple[Tensor | None, ...]:
+    """The gradients of ``given.flat()`` up to out_proj_bias, as views where the dtypes agree."""
+    cut, sides = layout(given), []
+    for i, one in enumerate((given.forwards, given.backwards)):
+        channels = slice(i * cut.channels, (i + 1) * cut.channels)
+        first, last = i * cut.rows + cut.dt_rows - cut.rank, (i + 1) * cut.rows
+        side = Direction(
+            conv_weight=gradients.conv_weight[i].unsqueeze(1),
+            conv_bias=None if gradients.conv_bias is None else gradients.conv_bias[i],
+            x_proj_weight=gradients.x_proj[first:last, channels],
+            dt_proj_weight=gradients.dt_proj[channels, first : first + cut.rank],
+            dt_bias=gradients.dt_bias[channels],
+            A_log=gradients.A_log[channels],
+            D=gradients.D[channels],
+        )
+        sides.append([None if own is None else found.to(own.dtype) for own, found in zip(one, side, strict=True)])
+    return (gradients.xz, *sides[0], *sides[1], gradients.out_proj_weight, gradients.out_proj_bias)
+
+
+def _own(backend: str) -> tuple[ModuleType, ModuleType]:
+    """The modules of the gate and of the packing."""
     if backend == "triton":
-        from mambakit.kernels.inner import triton_gate
+        from mambakit.kernels.inner import triton_gate, triton_packing
 
-        return triton_gate
-    from mambakit.kernels.inner import gate
+        return triton_gate, triton_packing
+    from mambakit.kernels.inner import gate, packing
 
-    return gate
+    return gate, packing
 
 
 def _tokens(tensor: Tensor) -> Tensor:
@@ -151,68 +184,22 @@ def _tokens(tensor: Tensor) -> Tensor:
     return tensor.view(-1, tensor.shape[-1])
 
 
-def _convolve(conv: ModuleType, given: Arguments) -> Tensor:
+def _convolve(conv: ModuleType, given: Arguments, weights: Weights) -> Tensor:
     """u (B, L, 2D): x convolved in either direction, side by side."""
-    batch, length, twice = given.xz.shape
-    x, u = given.xz.chunk(2, dim=-1)[0], given.xz.new_empty(batch, length, twice)
+    u = torch.empty_like(given.xz)
+    x = given.xz.chunk(2, dim=-1)[0]
     for i, half in enumerate(u.chunk(2, dim=-1)):
-        bias = None if given.conv_bias is None else given.conv_bias[i]
-        conv.forward(x, given.conv_weight[i], bias, None, given.seq_idx, True, bool(i), out=half)
+        bias = None if weights.conv_bias is None else weights.conv_bias[i]
+        conv.forward(x, weights.conv_weight[i], bias, None, given.seq_idx, True, bool(i), out=half)
     return u
 
 
-def _select(given: Arguments, x_dbl: Tensor, dt_proj: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """delta (B, L, 2D) before bias and softplus, B and C (B, L, 2, N), from x_dbl (T, P + 4N)."""
+def _select(given: Arguments, cut: Layout, x_dbl: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+    """delta (B, L, 2D) before bias and softplus, B and C (B, L, 2, N), from x_dbl (T, 2K)."""
     batch, length, _ = given.xz.shape
-    steps, d_state = dt_proj.shape[1], given.A.shape[2]
-    delta = (x_dbl[:, :steps] @ dt_proj.t()).view(batch, length, -1)
+    delta = (x_dbl @ weights.dt_proj.t()).view(batch, length, -1)
     if given.lengths is not None:
         # The gradient needs no mask: softplus is flat there, exactly.
         delta.masked_fill_(padding(delta, given.lengths), NO_STEP)
-    vectors = x_dbl[:, steps:].view(batch, length, 2, 2, d_state)
-    return delta, vectors[:, :, 0], vectors[:, :, 1]
-
-
-def _join(given: Arguments) -> Tensor:
-    """Both joined matrices in the dtype of the products."""
-    _, channels, d_state = given.A.shape
-    steps = dt_columns(given.dt_proj_weight.shape[2])
-    joined = given.xz.new_zeros(2 * channels * (2 * steps + 4 * d_state))
-    own = _blocks(given.x_proj_weight, given.dt_proj_weight)
-    for block, weights in zip(_joined(given, *_matrices(given, joined)), own, strict=True):
-        block.copy_(weights)
-    return joined
-
-
-def _matrices(given: Arguments, joined: Tensor) -> tuple[Tensor, Tensor]:
-    """x_proj (P + 4N, 2D) and dt_proj (2D, P) of both directions."""
-    _, channels, d_state = given.A.shape
-    steps = dt_columns(given.dt_proj_weight.shape[2])
-    x_proj, dt_proj = joined.split((2 * channels * (steps + 4 * d_state), 2 * channels * steps))
-    return x_proj.view(-1, 2 * channels), dt_proj.view(-1, steps)
-
-
-def dt_columns(rank: int) -> int:
-    """P: the columns of x_dbl that hold dt of both directions, and zeros up to a multiple of ``WIDE``."""
-    return -(-2 * rank // WIDE) * WIDE
-
-
-def _blocks(x_proj_weight: Tensor, dt_proj_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows of x_proj for dt (R, D, 2), those for B and C (2, N, D, 2), and dt_proj (D, R, 2), direction last."""
-    rank = dt_proj_weight.shape[2]
-    dt, vectors = x_proj_weight[:, :rank], x_proj_weight[:, rank:]
-    vectors = vectors.unflatten(1, (2, -1))
-    return dt.permute(1, 2, 0), vectors.permute(1, 2, 3, 0), dt_proj_weight.permute(1, 2, 0)
-
-
-def _joined(given: Arguments, x_proj: Tensor, dt_proj: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where ``_blocks`` lie in the joined matrices: rows of x_proj run over dt of both directions, P in all, then over
-    B of both, then C of both.
-    """
-    rank = given.dt_proj_weight.shape[2]
-    steps = dt_proj.shape[1]
-    columns = x_proj.unflatten(1, (2, -1))
-    dt = columns[: 2 * rank].unflatten(0, (2, rank)).diagonal(dim1=0, dim2=2)
-    vectors = columns[steps:].unflatten(0, (2, 2, -1)).diagonal(dim1=1, dim2=3)
-    steps_out = dt_proj[:, : 2 * rank].unflatten(1, (2, rank)).unflatten(0, (2, -1)).diagonal(dim1=0, dim2=2)
-    return dt, vectors, steps_out
+    _, B, C = x_dbl.view(batch, length, 2, -1).split((cut.dt_rows, cut.d_state, cut.d_state), dim=3)
+    return delta, B, C

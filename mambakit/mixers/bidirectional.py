@@ -8,9 +8,10 @@ from typing import Literal, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from mambakit.kernels.inner import bimamba_inner
 from mambakit.mixers.base import NonCausal, SequenceMixer
 from mambakit.mixers.mamba1 import Mamba1
-from mambakit.mixers.vim import Direction, mix_both
+from mambakit.mixers.vim import direction
 
 SHARED = ("in_proj", "out_proj")
 
@@ -81,11 +82,13 @@ class Bidirectional(NonCausal):
         forwards = self.mamba_fwd
         backwards = forwards if self.tie == "all" else self.mamba_rev
         if self.strategy == "add" and self.tie != "none" and _is_plain(forwards) and _is_plain(backwards):
-            weight, bias = forwards.out_proj.weight, forwards.out_proj.bias
-            return mix_both(
-                forwards.in_proj(x), Direction.of(forwards), Direction.of(backwards), weight,
-                None if bias is None else 2 * bias, scale=1.0, seq_idx=seq_idx, lengths=lengths,
-            )  # fmt: skip
+            first, second = (
+                direction(one.conv1d, one.x_proj, one.dt_proj, one.A_log, one.D) for one in (forwards, backwards)
+            )
+            bias = None if forwards.out_proj.bias is None else 2 * forwards.out_proj.bias
+            return bimamba_inner(
+                forwards.in_proj(x), first, second, forwards.out_proj.weight, bias, seq_idx=seq_idx, lengths=lengths
+            )
         y, _ = forwards.mix(x, seq_idx=seq_idx, lengths=lengths)
         if backwards.reverses:
             y_back, _ = backwards.mix(x, seq_idx=seq_idx, lengths=lengths, reverse=True)  # type: ignore[call-arg]
@@ -97,7 +100,7 @@ class Bidirectional(NonCausal):
 
 
 def _is_plain(mixer: SequenceMixer) -> TypeGuard[Mamba1]:
-    """Whether ``mix_both`` computes what this mixer does: it is a Mamba-1 without norms of dt, B and C."""
+    """Whether ``bimamba_inner`` computes what this mixer does: it is a Mamba-1 without norms of dt, B and C."""
     return type(mixer) is Mamba1 and not mixer.has_norms
 
 

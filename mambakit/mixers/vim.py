@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, cast
+from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
-from mambakit.kernels.inner import bimamba_inner
+from mambakit.kernels.inner import Direction, bimamba_inner
 from mambakit.mixers.base import NonCausal
 from mambakit.mixers.mamba1 import Mamba1
-
-
-class Direction(NamedTuple):
-    """The modules and parameters that one direction of a bidirectional Mamba-1 has to itself."""
-
-    conv1d: nn.Conv1d
-    x_proj: nn.Linear
-    dt_proj: nn.Linear
-    A_log: Tensor
-    D: Tensor
-
-    @classmethod
-    def of(cls, mixer: Mamba1) -> Direction:
-        return cls(mixer.conv1d, mixer.x_proj, mixer.dt_proj, mixer.A_log, mixer.D)
 
 
 class VimMixer(NonCausal):
@@ -82,14 +67,16 @@ class VimMixer(NonCausal):
             for _ in range(2)
         )  # fmt: skip
         self.in_proj, self.out_proj = forwards.in_proj, forwards.out_proj
-        self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D = Direction.of(forwards)
-        self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b = Direction.of(backwards)
+        for name in ("conv1d", "x_proj", "dt_proj", "A_log", "D"):
+            backward_name = "A_b_log" if name == "A_log" else f"{name}_b"
+            setattr(self, name, getattr(forwards, name))
+            setattr(self, backward_name, getattr(backwards, name))
 
     def mix_all(self, x: Tensor, *, seq_idx: Tensor | None, lengths: Tensor | None) -> Tensor:
-        return mix_both(
+        return bimamba_inner(
             self.in_proj(x),
-            Direction(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D),
-            Direction(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b),
+            direction(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D),
+            direction(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b),
             self.out_proj.weight,
             self.out_proj.bias,
             scale=0.5 if self.divide_out else 1.0,
@@ -98,33 +85,6 @@ class VimMixer(NonCausal):
         )
 
 
-def mix_both(
-    xz: Tensor,
-    forwards: Direction,
-    backwards: Direction,
-    out_proj_weight: Tensor,
-    out_proj_bias: Tensor | None,
-    *,
-    scale: float,
-    seq_idx: Tensor | None,
-    lengths: Tensor | None,
-) -> Tensor:
-    """:func:`mambakit.kernels.inner.bimamba_inner` of xz (B, L, 2D) with the weights of two directions."""
-    both = (forwards, backwards)
-    A_log = torch.stack([one.A_log for one in both])
-    bias = None if forwards.conv1d.bias is None else torch.stack([cast(Tensor, one.conv1d.bias) for one in both])
-    return bimamba_inner(
-        xz,
-        torch.stack([one.conv1d.weight.squeeze(1) for one in both]),
-        bias,
-        torch.stack([one.x_proj.weight for one in both]),
-        torch.stack([one.dt_proj.weight for one in both]),
-        -torch.exp(A_log if A_log.dtype == torch.float64 else A_log.float()),
-        torch.stack([one.D for one in both]),
-        torch.stack([one.dt_proj.bias for one in both]),
-        out_proj_weight,
-        out_proj_bias,
-        scale=scale,
-        seq_idx=seq_idx,
-        lengths=lengths,
-    )
+def direction(conv1d: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor) -> Direction:
+    """What ``bimamba_inner`` takes of the modules that one direction has to itself."""
+    return Direction(conv1d.weight, conv1d.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, A_log, D)

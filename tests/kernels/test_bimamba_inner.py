@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mambakit.kernels.inner import bimamba_inner, mamba_inner
-from mambakit.kernels.inner.bimamba import Arguments
+from mambakit.kernels.inner import Direction, bimamba_inner, mamba_inner
 from mambakit.kernels.inner.bimamba_op import _inner
 from mambakit.kernels.testing import assert_close, poisoned_memory, random_tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["torch", "triton"]
+SIDES = ("forwards", "backwards")
 OPTIONAL = ("conv_bias", "out_proj_bias")
 SEQ_IDX = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2], [0, 1, 1, 1, 1, 1, 1, 1, 5]], dtype=torch.int32)
 
@@ -31,26 +31,31 @@ def inputs(
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
     """Parameters in float32, xz in ``dtype``."""
-    sizes: dict[str, tuple[int, ...]] = {
-        "xz": (batch, length, 2 * channels),
-        "conv_weight": (2, channels, width),
-        "conv_bias": (2, channels),
-        "x_proj_weight": (2, rank + 2 * d_state, channels),
-        "dt_proj_weight": (2, channels, rank),
-        "A": (2, channels, d_state),
-        "D": (2, channels),
-        "dt_bias": (2, channels),
-        "out_proj_weight": (d_model, channels),
-        "out_proj_bias": (d_model,),
+    sizes: dict[str, tuple[int, ...]] = {"xz": (batch, length, 2 * channels)}
+    one: dict[str, tuple[int, ...]] = {
+        "conv_weight": (channels, 1, width),
+        "conv_bias": (channels,),
+        "x_proj_weight": (rank + 2 * d_state, channels),
+        "dt_proj_weight": (channels, rank),
+        "dt_bias": (channels,),
+        "A_log": (channels, d_state),
+        "D": (channels,),
     }
+    sizes |= {f"{side}.{name}": size for side in SIDES for name, size in one.items()}
+    sizes |= {"out_proj_weight": (d_model, channels), "out_proj_bias": (d_model,)}
     drawn = {name: random_tensor(*size, seed=i) for i, (name, size) in enumerate(sizes.items())}
-    drawn["A"] = -drawn["A"].exp()
     drawn["xz"] = drawn["xz"].to(dtype)
-    return {name: tensor for name, tensor in drawn.items() if name not in absent}
+    return {name: tensor for name, tensor in drawn.items() if name.split(".")[-1] not in absent}
+
+
+def side_of(given: dict[str, Tensor], side: str) -> dict[str, Tensor]:
+    return {name.split(".")[1]: tensor for name, tensor in given.items() if name.startswith(side)}
 
 
 def call(given: dict[str, Tensor], **options: Any) -> Tensor:
-    return bimamba_inner(**({"conv_bias": None} | given), scale=0.5, **options)
+    sides = [Direction(**({"conv_bias": None} | side_of(given, side))) for side in SIDES]  # type: ignore[arg-type]
+    shared = {name: tensor for name, tensor in given.items() if "." not in name}
+    return bimamba_inner(forwards=sides[0], backwards=sides[1], **shared, scale=0.5, **options)
 
 
 def everything(given: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
@@ -77,11 +82,14 @@ def compare(given: dict[str, Tensor], backend: str, tolerance: float = 2e-5, **o
 def test_the_definition_is_two_blocks() -> None:
     """The reference equals two blocks of one direction, the second on what was turned round."""
     given = {name: tensor.double() for name, tensor in inputs(absent=("out_proj_bias",)).items()}
-    shared = {"xz": given.pop("xz"), "out_proj_weight": given.pop("out_proj_weight")}
-    one, other = ({name: tensor[i] for name, tensor in given.items()} for i in range(2))
-    y, _ = mamba_inner(**shared, **one, backend="reference")
-    turned, _ = mamba_inner(**(shared | {"xz": shared["xz"].flip(1)}), **other, backend="reference")
-    assert_close("out", call(shared | given, backend="reference"), (y + turned.flip(1)) / 2, 1e-12)
+    xz, outputs = given["xz"], []
+    for side in SIDES:
+        own = side_of(given, side)
+        own |= {"A": -own.pop("A_log").exp(), "conv_weight": own["conv_weight"].squeeze(1)}
+        y, _ = mamba_inner(xz, **own, out_proj_weight=given["out_proj_weight"], backend="reference")
+        outputs.append(y)
+        xz = xz.flip(1)
+    assert_close("out", call(given, backend="reference"), (outputs[0] + outputs[1].flip(1)) / 2, 1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -115,8 +123,15 @@ def test_smallest(backend: str, sizes: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bfloat16(backend: str) -> None:
-    """Products in bfloat16, parameters and their gradients in float32; 80 channels: more than one tile of the gate."""
-    compare(inputs(channels=80, d_model=8, absent=OPTIONAL, dtype=torch.bfloat16), backend, tolerance=0.03)
+    """Products in bfloat16, parameters and their gradients in float32."""
+    # The interpreter cuts a number's last bits off where a GPU rounds.
+    tolerance = 0.05 if backend == "triton" and DEVICE == "cpu" else 0.03
+    compare(inputs(channels=16, d_model=8, absent=OPTIONAL, dtype=torch.bfloat16), backend, tolerance)
+
+
+def test_many_channels() -> None:
+    """More than one tile of the gate, more than one program of each part of the packing."""
+    compare(inputs(1, 2, 320, 1, rank=17), "triton")
 
 
 def test_strided_input() -> None:
@@ -136,7 +151,9 @@ def test_gradcheck() -> None:
 @pytest.mark.parametrize("absent", [(), OPTIONAL])
 def test_operator(absent: tuple[str, ...]) -> None:
     given = inputs(absent=absent)
-    tensors = [given[name].requires_grad_() if name in given else None for name in Arguments._fields[:-2]]
+    sides = [f"{side}.{name}" for side in SIDES for name in Direction._fields]
+    names = ["xz", *sides, "out_proj_weight", "out_proj_bias"]
+    tensors = [given[name].requires_grad_() if name in given else None for name in names]
     torch.library.opcheck(_inner, (*tensors, SEQ_IDX, torch.tensor([9, 4]), 0.5, "torch"))
 
 
@@ -144,12 +161,15 @@ def test_operator(absent: tuple[str, ...]) -> None:
     ("name", "change", "words"),
     [
         ("xz", lambda t: t[..., 1:], ["xz", "twice_channels=12", "11"]),
-        ("A", lambda t: t[0], ["A", "directions=2"]),
-        ("conv_weight", lambda t: t.repeat(1, 1, 2), ["conv_weight", "width 8"]),
-        ("x_proj_weight", lambda t: t[:, 1:], ["x_proj_weight", "11", "10"]),
-        ("dt_proj_weight", lambda t: t[:, 1:], ["dt_proj_weight", "channels=6"]),
+        ("forwards.A_log", lambda t: t[0], ["forwards.A_log", "channels, d_state"]),
+        ("backwards.A_log", lambda t: t[1:], ["backwards.A_log", "channels=6"]),
+        ("forwards.conv_weight", lambda t: t.repeat(1, 1, 2), ["conv_weight", "width 8"]),
+        ("backwards.conv_weight", lambda t: t[..., 1:], ["backwards.conv_weight", "width=4"]),
+        ("backwards.x_proj_weight", lambda t: t[1:], ["backwards.x_proj_weight", "10", "11"]),
+        ("backwards.dt_proj_weight", lambda t: t[1:], ["dt_proj_weight", "channels=6"]),
         ("out_proj_bias", lambda t: t[1:], ["out_proj_bias", "d_model=5"]),
-        ("dt_bias", lambda t: t.long(), ["dt_bias", "int64", "float32"]),
+        ("backwards.dt_bias", lambda t: t.long(), ["backwards.dt_bias", "int64", "float32"]),
+        ("backwards.conv_bias", lambda t: None, ["conv_bias", "both"]),
     ],
 )
 def test_bad_input_is_named(name: str, change: Any, words: list[str]) -> None:

@@ -1,0 +1,104 @@
+"""The weights of both directions laid out in one launch; ``packing.py`` says how they lie.
+
+A training step packs anew in every layer, and a dozen small copies would cost more time in launches than the scan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mambakit.kernels.inner.packing import Direction, Layout
+from mambakit.kernels.launch import launch
+
+BLOCK, WARPS = 1024, 4
+
+
+@triton.jit
+def either(first, second, side, offset, inside):
+    """Float32 numbers ``offset`` of the first tensor where ``side`` is 0, of the second where it is 1; else 0."""
+    value = tl.load(first + offset, mask=inside & (side == 0), other=0.0).to(tl.float32)
+    return value + tl.load(second + offset, mask=inside & (side == 1), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def pack_kernel(
+    conv, conv_bias, x_proj, dt_proj, dt_bias, A_log, D_skip,
+    conv_b, conv_bias_b, x_proj_b, dt_proj_b, dt_bias_b, A_log_b, D_skip_b, out_proj, matrices, vectors,
+    D, N, W, R, K, M, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (programs of x_proj + of dt_proj + of out_proj + of A + of conv_weight + of the three vectors,)."""
+    joined = 4 * K * D
+    pieces = tl.cdiv(joined, BLOCK)
+    out_pieces, A_pieces, conv_pieces = tl.cdiv(M * D, BLOCK), tl.cdiv(2 * D * N, BLOCK), tl.cdiv(2 * D * W, BLOCK)
+    program = tl.program_id(0)
+    e = tl.arange(0, BLOCK)
+    pad = K - 2 * N - R
+    if program < pieces:
+        e += program * BLOCK
+        row, column = e // (2 * D), e % (2 * D)
+        side, own = row // K, row % K - pad
+        inside = (e < joined) & (own >= 0) & (column // D == side)
+        value = either(x_proj, x_proj_b, side, own * D + column % D, inside)
+        tl.store(matrices + e, value.to(matrices.dtype.element_ty), mask=e < joined)
+    elif program < 2 * pieces:
+        e += (program - pieces) * BLOCK
+        row, column = e // (2 * K), e % (2 * K)
+        side, own = row // D, column % K - pad
+        inside = (e < joined) & (own >= 0) & (own < R) & (column // K == side)
+        value = either(dt_proj, dt_proj_b, side, row % D * R + own, inside)
+        tl.store(matrices + joined + e, value.to(matrices.dtype.element_ty), mask=e < joined)
+    elif program < 2 * pieces + out_pieces:
+        e += (program - 2 * pieces) * BLOCK
+        inside = e < M * D
+        value = tl.load(out_proj + e, mask=inside, other=0.0)
+        tl.store(matrices + 2 * joined + e, value.to(matrices.dtype.element_ty), mask=inside)
+    elif program < 2 * pieces + out_pieces + A_pieces:
+        e += (program - 2 * pieces - out_pieces) * BLOCK
+        inside = e < 2 * D * N
+        value = either(A_log, A_log_b, e // (D * N), e % (D * N), inside)
+        tl.store(vectors + e, -tl.exp(value), mask=inside)
+    elif program < 2 * pieces + out_pieces + A_pieces + conv_pieces:
+        e += (program - 2 * pieces - out_pieces - A_pieces) * BLOCK
+        inside = e < 2 * D * W
+        value = either(conv, conv_b, e // (D * W), e % (D * W), inside)
+        tl.store(vectors + 2 * D * N + e, value, mask=inside)
+    else:
+        e += (program - 2 * pieces - out_pieces - A_pieces - conv_pieces) * BLOCK
+        which, side, d = e // (2 * D), e // D % 2, e % D
+        value = either(D_skip, D_skip_b, side, d, which == 1) + either(dt_bias, dt_bias_b, side, d, which == 2)
+        if conv_bias is not None:
+            value += either(conv_bias, conv_bias_b, side, d, which == 0)
+        tl.store(vectors + 2 * D * (N + W) + e, value, mask=e < 6 * D)
+
+
+def pack(
+    cut: Layout, dtype: torch.dtype, forwards: Direction, backwards: Direction, out_proj_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As :func:`mambakit.kernels.inner.packing.pack`."""
+    of_matrices, of_vectors = cut.sizes
+    matrices = torch.empty(sum(of_matrices), dtype=dtype, device=out_proj_weight.device)
+    vectors = torch.empty(sum(of_vectors), dtype=torch.float32, device=out_proj_weight.device)
+    tensors = [
+        t if t is None or t.is_contiguous() else t.contiguous() for t in (*forwards, *backwards, out_proj_weight)
+    ]
+    programs = sum(-(-size // BLOCK) for size in (*of_matrices, *of_vectors[:2], sum(of_vectors[2:])))
+    launch(
+        pack_kernel, (programs,), *tensors, matrices, vectors,
+        cut.channels, cut.d_state, cut.width, cut.rank, cut.rows, cut.d_model, BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip
+    return matrices, vectors
+
+
+def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]]:
+    """(kernel, signature, constant arguments, warps) of typical calls, for a compile test that needs no GPU."""
+    for absent in ((), ("conv_bias", "conv_bias_b")):
+        constants: dict[str, Any] = {"BLOCK": BLOCK} | dict.fromkeys(absent)
+        types = {"matrices": "*bf16"} | dict.fromkeys(("D", "N", "W", "R", "K", "M"), "i32")
+        types |= dict.fromkeys(constants, "constexpr")
+        yield pack_kernel, {name: types.get(name, "*fp32") for name in pack_kernel.arg_names}, constants, WARPS
