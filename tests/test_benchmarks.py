@@ -18,6 +18,7 @@ MODULES = (
     "norm",
     "loss",
     "updates",
+    "kernels_s4",
     "chart",
     "table",
     "whole",
@@ -220,6 +221,7 @@ def test_the_whole_command_through_triton_on_toy_shapes(bench, monkeypatch, tmp_
         monkeypatch.setattr(module, "SHAPES", {"toy": shape})
     monkeypatch.setattr(bench.loss, "CHECKED", 5)
     monkeypatch.setattr(bench.updates, "SHAPES", {"toy": (2, 24)})
+    monkeypatch.setattr(bench.kernels_s4, "SHAPES", {"toy": (2, 12, 5, 4)})
     monkeypatch.setitem(bench.peers.CONV, "toy", ((1.0, 2.0), (3.0, 4.0)))
 
     def once(function):
@@ -235,7 +237,7 @@ def test_the_whole_command_through_triton_on_toy_shapes(bench, monkeypatch, tmp_
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200, imagined")
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
-    parts = ["scan", "conv", "norm", "loss", "updates", "accuracy", "sweep"]
+    parts = ["scan", "conv", "norm", "loss", "updates", "s4", "accuracy", "sweep"]
     figures, picture = tmp_path / "figures.json", tmp_path / "chart.png"
     arguments = ["--shapes", "toy", "--json", str(figures), "--chart", str(picture), "--commit", "abc", "--seed", "0"]
     monkeypatch.setattr(sys, "argv", ["run.py", "--only", *parts, *arguments])
@@ -255,6 +257,7 @@ def test_the_whole_command_through_triton_on_toy_shapes(bench, monkeypatch, tmp_
     found = [(row["operator"], row["shape"]) for row in record["operators"]]
     operators = ["selective_scan", "causal_conv1d", "rms_norm", "linear_cross_entropy"]
     operators += ["selective_state_update", "causal_conv1d_update"]
+    operators += ["log_vandermonde", "cauchy", "S4D convolution", "S4 convolution"]
     assert found == [(operator, "toy") for operator in operators]
     assert record["operators"][0]["peers"]["mambapy"]["forward + backward"] == 0.5
     assert record["operators"][1]["recorded"]["causal-conv1d 1.7 (recorded), channels-last"]["forward"] == 3.0
