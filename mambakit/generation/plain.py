@@ -37,6 +37,8 @@ def obstacle(model: Any, device: torch.device, dtype: torch.dtype) -> str | None
             return f"{type(module).__name__} has forward hooks, which a graph would not call"
         if type(module).__module__.split(".")[0] not in OWN_CODE:
             return f"{type(module).__name__} is from elsewhere, and may do what a graph would not"
+    if model.backbone.has_experts:
+        return "the layers have experts, whose rows the host counts"
     for name, parameter in model.named_parameters():
         if parameter.device != device:
             return f"{name} is not on {device}"
