@@ -19,6 +19,7 @@ from mambakit.mixers.hippo import legs_spectrum
 from mambakit.mixers.s4d import ConvolutionMixer, ConvolutionState, check_system
 
 CHUNK = 16  # S, a power of two
+REPEATS = 8  # products with a vector that cost as much as a squaring or less
 TOLERANCE = 1e-2  # relative error of a kernel from which on it is warned of
 
 
@@ -42,11 +43,11 @@ class Generator:
         slope = self.diagonal * (self.Lambda * h - self.P * _paired(self.P, h) + Bx)
         return self.dt * (slope - self.weight * self.diagonal * self.P * _paired(self.P, slope))
 
-    def loss(self) -> Tensor:
-        """1 - dA as real matrices (D, N, N), for the coordinates of :func:`_real`."""
+    def change(self) -> Tensor:
+        """dA - 1 as real matrices (D, N, N), for the coordinates of :func:`_real`."""
         unit = torch.eye(self.P.shape[-1], dtype=self.P.dtype, device=self.P.device).unsqueeze(1)
         basis = torch.cat((unit, 1j * unit))
-        return _real(-self(basis, torch.zeros_like(basis))).permute(1, 2, 0)
+        return _real(self(basis, torch.zeros_like(basis))).permute(1, 2, 0)
 
 
 class S4Kernel(nn.Module):
@@ -106,7 +107,7 @@ class S4Kernel(nn.Module):
         if not torch.compiler.is_compiling() and (length, rate, dt.dtype) not in self.judged:
             self.judged.add((length, rate, dt.dtype))
             warn_of_rounding(dt * Lambda, length)
-        C = _cut_off(C, Generator(dt, Lambda, P).loss(), length)
+        C = _cut_off(C, Generator(dt, Lambda, P).change(), length)
         half = torch.arange((length + 1) // 2, dtype=torch.float64, device=dt.device)
         s = torch.complex(torch.zeros_like(half), torch.tan(math.pi / length * half)).to(C.dtype)
         numerators = torch.stack((C * B, C * P, P.conj() * B, P.conj() * P)) * (dt / 2)
@@ -122,14 +123,14 @@ class S4Kernel(nn.Module):
         """The recurrence along x (B, L, D), S steps at once: within a chunk by convolution, between chunks by dA^S."""
         dt, Lambda, P, B, C = self.system(rate)
         generator = Generator(dt, Lambda, P)
-        losses = [generator.loss()]  # 1 - dA^k for k = 1, 2, 4, ..., S
-        while 2 ** len(losses) <= CHUNK:
-            losses.append(2 * losses[-1] - losses[-1] @ losses[-1])
+        changes = [generator.change()]  # dA^k - 1 for k = 1, 2, 4, ..., S
+        while 2 ** len(changes) <= CHUNK:
+            changes.append(_twice(changes[-1]))
         inputs, outputs = _real(generator(torch.zeros_like(B), B)).unsqueeze(2), 2 * _real(C.conj()).unsqueeze(1)
-        for loss in losses[:-1]:  # dA^j dB (D, N, S) and C dA^i (D, S, N)
-            inputs = torch.cat((inputs, inputs - loss @ inputs), dim=2)
-            outputs = torch.cat((outputs, outputs - outputs @ loss), dim=1)
-        kernel, outputs = (outputs @ inputs[:, :, :1]).squeeze(2), outputs - outputs @ losses[0]
+        for change in changes[:-1]:  # dA^j dB (D, N, S) and C dA^i (D, S, N)
+            inputs = torch.cat((inputs, inputs + change @ inputs), dim=2)
+            outputs = torch.cat((outputs, outputs + outputs @ change), dim=1)
+        kernel, outputs = (outputs @ inputs[:, :, :1]).squeeze(2), outputs + outputs @ changes[0]
         inputs = inputs.flip(2)  # that of the last step first
 
         batch, length, channels = x.shape
@@ -143,7 +144,7 @@ class S4Kernel(nn.Module):
         written = torch.einsum("bcsd,dns->bcdn", blocks.masked_fill(foreign, 0), inputs)
         cleared = (owner != sequence[:, :, -1]).view(batch, chunks, 1, 1)
         start = x.new_zeros(batch, channels, inputs.shape[1]) if before is None else _real(before)
-        states = _states_before(losses[-1], written, cleared, start)
+        states = _states_before(changes[-1], written, cleared, start)
         carried = torch.einsum("dsn,bcdn->bcsd", outputs, states)
         carried = carried.masked_fill((sequence != owner.unsqueeze(2)).unsqueeze(3), 0)
         toeplitz = _toeplitz(kernel)
@@ -158,9 +159,9 @@ class S4Kernel(nn.Module):
             lengths = torch.full((batch,), length, device=x.device)
         remaining = lengths % CHUNK
         last = states[torch.arange(batch, device=x.device), lengths // CHUNK]
-        for bit, loss in enumerate(losses[:-1]):
+        for bit, change in enumerate(changes[:-1]):
             odd = ((remaining >> bit) & 1 == 1).view(batch, 1, 1)
-            last = torch.where(odd, last - torch.einsum("dmn,bdn->bdm", loss, last), last)
+            last = torch.where(odd, last + torch.einsum("dmn,bdn->bdm", change, last), last)
         ends = torch.stack((lengths - remaining, lengths), dim=1) - 1
         ends = sequence.view(batch, -1).gather(1, ends.clamp(min=0))
         last = last.masked_fill((ends[:, :1] != ends[:, 1:]).unsqueeze(2), 0)
@@ -211,36 +212,45 @@ def _complex(vector: Tensor) -> Tensor:
     return torch.complex(*vector.chunk(2, dim=-1))
 
 
-def _cut_off(C: Tensor, loss: Tensor, length: int) -> Tensor:
-    """C (1 - dA^L) for complex rows C (D, N/2) and 1 - dA (D, N, N), by squaring: with it the response ends at L."""
+def _twice(change: Tensor) -> Tensor:
+    """dA^2k - 1 of dA^k - 1 = G: G (G + 2), whose small elements stay as exact as G's."""
+    return change @ (change + 2 * torch.eye(change.shape[-1], dtype=change.dtype, device=change.device))
+
+
+def _cut_off(C: Tensor, change: Tensor, length: int) -> Tensor:
+    """C (1 - dA^L) for complex rows C (D, N/2) and dA - 1 (D, N, N): with it in place of C the response ends at L.
+
+    By squaring, O(N^3) each, until REPEATS more products with the row, O(N^2) each, are enough.
+    """
     row = _real(C.conj()).unsqueeze(1)
-    product = torch.zeros_like(row)
-    while length:
+    total = torch.zeros_like(row)  # C (dA^m - 1) for the m steps so far
+    while length > REPEATS:
         if length % 2:
-            product = product + (row - product) @ loss
-        length //= 2
-        loss = 2 * loss - loss @ loss if length else loss
-    return _complex(product.squeeze(1)).conj()
+            total = torch.baddbmm(total, row + total, change)
+        length, change = length // 2, _twice(change)
+    for _ in range(length):
+        total = torch.baddbmm(total, row + total, change)
+    return -_complex(total.squeeze(1)).conj()
 
 
-def _states_before(loss: Tensor, written: Tensor, cleared: Tensor, start: Tensor) -> Tensor:
+def _states_before(change: Tensor, written: Tensor, cleared: Tensor, start: Tensor) -> Tensor:
     """States before each of M chunks, (B, M, D, N), h_{c+1} = dA^S h_c + w_c, or w_c where the chunk clears the state.
 
-    loss 1 - dA^S (D, N, N), written w (B, M, D, N), cleared (B, M, 1, 1), start h_0 (B, D, N). Two chunks are as one
+    change dA^S - 1 (D, N, N), written w (B, M, D, N), cleared (B, M, 1, 1), start h_0 (B, D, N). Two chunks are as one
     of twice the length, which has states half as many: in all O(M) products, one after another only log M times.
     """
     if written.shape[1] == 1:
         return start.unsqueeze(1)
     if written.shape[1] % 2:
         written, cleared = F.pad(written, (0, 0, 0, 0, 0, 1)), F.pad(cleared, (0, 0, 0, 0, 0, 1))
-        return _states_before(loss, written, cleared, start)[:, :-1]
+        return _states_before(change, written, cleared, start)[:, :-1]
 
     def after(states: Tensor, half: int) -> Tensor:
-        passed = states - torch.einsum("dmn,bcdn->bcdm", loss, states)
+        passed = states + torch.einsum("dmn,bcdn->bcdm", change, states)
         return passed.masked_fill(cleared[:, half::2], 0) + written[:, half::2]
 
     both = after(written[:, ::2], 1)
-    even = _states_before(2 * loss - loss @ loss, both, cleared[:, ::2] | cleared[:, 1::2], start)
+    even = _states_before(_twice(change), both, cleared[:, ::2] | cleared[:, 1::2], start)
     return torch.stack((even, after(even, 0)), dim=2).flatten(1, 2)
 
 
