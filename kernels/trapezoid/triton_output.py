@@ -1,6 +1,7 @@
 """Triton kernels behind Mamba-3's recurrence: each step's own input, the skip, the gate. Launches: triton_launch.py.
 
-A program takes some rows, each the channels of one head at one step. Arithmetic is float32; offsets are int64.
+A program takes some rows, each the channels of one head at one step. Arithmetic is float32; rows are counted
+in int32, offsets in int64.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ from mambakit.kernels.trapezoid.triton_kernels import example
 @triton.jit
 def _places(runs, L, H, ROWS: tl.constexpr):
     """Of ROWS rows (b, t, h): row, batch, step and head, (ROWS, 1) each, and which read a state before them."""
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     step = row // H
     batch = step // L
     t = step - batch * L
+    head = row - step * H
+    row, step, batch, t = row.to(tl.int64), step.to(tl.int64), batch.to(tl.int64), t.to(tl.int64)
     later = t > 0
     if runs is not None:
         run = tl.load(runs + step, mask=later, other=0)
         later = later & (run == tl.load(runs + step - 1, mask=later, other=0))
-    return row, batch, t, row - step * H, later
+    return row, batch, t, head, later
 
 
 @triton.jit
@@ -141,7 +144,7 @@ def output_backward(
 def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]]:
     """(kernel, signature, constant arguments, warps) of typical calls, for a compile test that needs no GPU."""
     strides = {f"{name}_{axis}": "i64" for name in "xz" for axis in ("batch", "step", "head")}
-    sizes = {"L": "i32", "H": "i32", "P": "i32", "total": "i64"}
+    sizes = {"L": "i32", "H": "i32", "P": "i32", "total": "i32"}
     inputs = {"read": "*bf16", "first": "*fp32", "x": "*bf16", "z": "*bf16"}
     inputs |= dict.fromkeys(("D", "dA", "gamma", "dots"), "*fp32") | {"runs": "*i32"}
     gradients = {"dread": "*bf16", "dfirst": "*fp32", "dx": "*bf16", "dz": "*bf16", "ddA": "*fp32", "down": "*fp32"}
