@@ -11,9 +11,10 @@ import torch
 from mambakit import Backbone
 from mambakit.kernels.testing import random_tensor
 from mambakit.mixers import DSS, S4, S4D, S4ND, S5, Attention, Bidirectional, Mamba1, Mamba2, Mamba3, VimMixer
-from mambakit.mlp import SwiGLU
+from mambakit.mlp import MixtureOfExperts, SwiGLU
 
 D_MODEL = 8
+EXPERTS = partial(MixtureOfExperts, n_experts=3, top_k=2, d_hidden=4)
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,10 @@ CASES = [
         causal=False,
     ),
     Case("backbone-vim", partial(Backbone, n_layers=2, mixer=partial(VimMixer, d_state=2)), causal=False),
+    Case(
+        "backbone-experts",
+        partial(Backbone, n_layers=1, mixer=partial(Mamba1, d_state=2), experts_every=1, experts=EXPERTS),
+    ),
     Case("backbone-mamba1", partial(Backbone, n_layers=2, mixer=partial(Mamba1, d_state=4))),
 ]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
