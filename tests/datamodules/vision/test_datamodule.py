@@ -1,11 +1,13 @@
 """VisionDataModule as a whole: determinism, views, several processes, bad images, the command line, digits learned."""
 
 import inspect
+import os
 import pickle
 import random
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +19,7 @@ from lightning.pytorch import LightningModule, Trainer
 from mambakit.datamodules.vision import Augment, Normalization, VisionDataModule
 from mambakit.datamodules.vision.pixels import pixel_order
 
+SHARED = Path(os.environ.get("MAMBAKIT_DATA", Path(__file__).resolve().parents[4] / "shared/data"))
 EVERYTHING = {
     "crop": "pad",
     "flip": 0.5,
@@ -188,6 +191,17 @@ def test_the_data_s_own_parts_are_kept(tree):
     split = module(tree / "train", validation_data=str(tree / "val"), test_data=str(tree / "test"))
     assert same(batches(split.test_dataloader()), batches(data.test_dataloader()))
     assert same(batches(split.val_dataloader()), batches(data.val_dataloader()))
+
+
+def test_the_jpeg_copies_of_cifar10():
+    if not (SHARED / "vision/cifar10_jpg_small.tar").is_file():
+        pytest.skip(f"no vision/cifar10_jpg_small.tar under {SHARED} (set MAMBAKIT_DATA)")
+    data = VisionDataModule("cifar10_jpg_small.tar", str(SHARED / "vision"), normalization="cifar10", batch_size=256)
+    assert "images train 4,500, validation 500, test 1,000; 10 classes; inputs (3, 32, 32)" in data.describe()
+    assert data.image_name("test", 999).endswith("cifar10_jpg_small.tar/test/truck/0099.jpg")
+    assert torch.bincount(torch.cat([batch["labels"] for batch in data.val_dataloader()])).tolist() == [50] * 10
+    inputs = next(iter(data.train_dataloader()))["inputs"]
+    assert inputs.mean().abs() < 0.1 and (inputs.std() - 1).abs() < 0.1
 
 
 class World:
