@@ -24,11 +24,9 @@ from mambakit.kernels.inner.mamba2_reference import (
     Options,
     Sizes,
     heads,
-    padding,
     per_head,
     sizes,
     split,
-    weights_and_decays,
 )
 
 
@@ -45,25 +43,27 @@ class Kept(NamedTuple):
     inputs: Tensor
 
 
-def implementations(backend: str) -> tuple[ModuleType, ModuleType, ModuleType]:
-    """The modules that hold the convolution, the recurrence and the norm. Triton loads here."""
+def implementations(backend: str) -> tuple[ModuleType, ModuleType, ModuleType, ModuleType]:
+    """The modules that hold the convolution, the step sizes, the recurrence and the norm. Triton loads here."""
     if backend == "triton":
         from mambakit.kernels.conv import triton_launch as conv
         from mambakit.kernels.duality import triton_kernels as ssd
+        from mambakit.kernels.inner import triton_steps as stepping
         from mambakit.kernels.norm import triton_launch as norm
     else:
         from mambakit.kernels.conv import chunked as conv  # type: ignore[no-redef]
         from mambakit.kernels.duality import chunked as ssd  # type: ignore[no-redef]
+        from mambakit.kernels.inner import mamba2_steps as stepping  # type: ignore[no-redef]
         from mambakit.kernels.norm import chunked as norm  # type: ignore[no-redef]
-    return conv, ssd, norm
+    return conv, stepping, ssd, norm
 
 
 def forward(given: Arguments, options: Options, backend: str) -> tuple[Tensor, Tensor, Kept]:
     """out (B, L, M), the final state (B, H, P, N), and what the backward wants."""
-    conv, ssd, _ = implementations(backend)
+    conv, stepping, ssd, _ = implementations(backend)
     size = sizes(given, options.ngroups)
     xBC = _convolve(given, size, conv)
-    y, final_state, starts = ssd.ssd_forward(*_recurrence(given, options, size, xBC), options.chunk_size)
+    y, final_state, starts = ssd.ssd_forward(*_recurrence(given, options, size, xBC, stepping), options.chunk_size)
     y = _tokens(y.flatten(2))
     inputs, rstd = _out_proj_inputs(given, options, size, y, backend)
     weight = given.out_proj_weight.to(y.dtype)
@@ -83,7 +83,7 @@ def backward(
     """The gradients of ``given``, each with its argument's shape and dtype; None for seq_idx, lengths, and what is
     not given.
     """
-    conv, ssd, norm = implementations(backend)
+    conv, stepping, ssd, norm = implementations(backend)
     size = sizes(given, options.ngroups)
     dout = dout.reshape(-1, dout.shape[-1])
     dinputs = dout @ given.out_proj_weight.to(dout.dtype)
@@ -109,28 +109,26 @@ def backward(
     dout_proj_weight = weight_gradient(dout, inputs, given.out_proj_weight)
     del inputs, y
     xBC = kept.xBC if kept.xBC.numel() else _convolve(given, size, conv)
-    arguments = _recurrence(given, options, size, xBC)
+    arguments = _recurrence(given, options, size, xBC, stepping)
     dy = dy.reshape(*xBC.shape[:2], size.heads, size.channels)
     dx, dsteps, ddecays, dB, dC, dD, dz_heads, dssm_state = ssd.ssd_backward(
         dy, dfinal_state, *arguments, kept.starts, options.chunk_size
     )
     if dz_heads is not None:
         dz.copy_(dz_heads.flatten(2))
-    steps = arguments[1]
     del dy, dinputs, xBC, arguments, dz_heads  # of D numbers a token: gone as soon as they have served
     dconvolved = torch.cat([dx.flatten(2), dB.flatten(2), dC.flatten(2)], dim=2)
     del dx
     _, dconv_weight, dconv_bias, dconv_state = conv.backward(
         dconvolved, x_in, given.conv_weight, given.conv_bias, given.conv_state, given.seq_idx, True, False, dx=dxBC
     )
-    dA = (ddecays * steps).sum((0, 1)).to(given.A.dtype)
-    draw = _raw_step_gradient(dsteps + ddecays * given.A, steps, given, dt, options)
-    ddt.copy_(draw)
+    limit = (options.least_step, options.most_step)
+    ddt_bias, dA = stepping.backward(dsteps, ddecays, dt, given.dt_bias, given.A, given.lengths, *limit, ddt)
     return Arguments(
         projected=dprojected,
         conv_weight=dconv_weight,
         conv_bias=dconv_bias,
-        dt_bias=draw.sum((0, 1)).to(given.dt_bias.dtype),
+        dt_bias=ddt_bias,
         A=dA,
         D=dD.view(given.D.shape),
         norm_weight=dnorm_weight,
@@ -154,12 +152,13 @@ def _convolve(given: Arguments, size: Sizes, conv: ModuleType) -> Tensor:
     return conv.forward(xBC, given.conv_weight, given.conv_bias, given.conv_state, given.seq_idx, True, False)
 
 
-def _recurrence(given: Arguments, options: Options, size: Sizes, xBC: Tensor) -> tuple[Any, ...]:
+def _recurrence(given: Arguments, options: Options, size: Sizes, xBC: Tensor, stepping: ModuleType) -> tuple[Any, ...]:
     """The arguments of the recurrence, from x to seq_idx."""
     _, _, z, _, dt = split(given.projected, size)
     x, B, C = heads(xBC, size)
     gate = z.unflatten(-1, (size.heads, size.channels)) if given.norm_weight is None else None
-    steps, decays = weights_and_decays(given, dt, options)
+    limit = (options.least_step, options.most_step)
+    steps, decays = stepping.forward(dt, given.dt_bias, given.A, given.lengths, *limit)
     return x, steps, decays, B, C, per_head(given.D, size), gate, given.ssm_state, given.seq_idx
 
 
@@ -169,7 +168,7 @@ def _out_proj_inputs(given: Arguments, options: Options, size: Sizes, y: Tensor,
     if given.norm_weight is not None:
         grouping = (options.norm_before_gate, size.inner // size.groups)
         z = split(given.projected, size)[2]
-        norm = implementations(backend)[2]
+        norm = implementations(backend)[3]
         y, rstd = norm.gated_rms_norm(y, _tokens(z), given.norm_weight, options.eps, *grouping)
     return _beside_mlp(given, size, y), rstd
 
@@ -180,19 +179,3 @@ def _beside_mlp(given: Arguments, size: Sizes, y: Tensor) -> Tensor:
         return y
     gate, value, *_ = split(given.projected, size)
     return torch.cat([_tokens(F.silu(gate) * value), y], dim=1)
-
-
-def _raw_step_gradient(dsteps: Tensor, steps: Tensor, given: Arguments, dt: Tensor, options: Options) -> Tensor:
-    """From the gradient of the steps (B, L, H) to that of dt + dt_bias: through limits and softplus; 0 at padding.
-
-    The steps themselves tell softplus' slope: 1 - exp(-softplus(r)) is the sigmoid of r. A step at a limit has none.
-    """
-    slope = -torch.expm1(-steps)
-    low, high = options.least_step, options.most_step
-    if (low, high) != (0.0, float("inf")):
-        raw = dt.to(steps.dtype) + given.dt_bias.to(steps.dtype)
-        free = F.softplus(raw)
-        slope = slope.masked_fill((free < low) | (free > high), 0)
-    if given.lengths is not None:
-        slope = slope.masked_fill(padding(dt, given.lengths), 0)
-    return dsteps * slope

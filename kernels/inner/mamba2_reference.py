@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambakit.kernels.conv import causal_conv1d
-from mambakit.kernels.duality.reference import ssd_reference, step_sizes
+from mambakit.kernels.duality.reference import ssd_reference
+from mambakit.kernels.inner import mamba2_steps
 from mambakit.kernels.norm import gated_rms_norm
 
 
@@ -77,20 +78,6 @@ def heads(xBC: Tensor, size: Sizes) -> tuple[Tensor, Tensor, Tensor]:
     return x.unflatten(-1, (size.heads, size.channels)), B.unflatten(-1, by_group), C.unflatten(-1, by_group)
 
 
-def weights_and_decays(given: Arguments, dt: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """The steps (B, L, H) and their products with A; a step is 0 at padding, whatever the limits."""
-    dtype = torch.promote_types(torch.promote_types(dt.dtype, given.A.dtype), torch.float32)
-    steps = step_sizes(dt, given.dt_bias, True, (options.least_step, options.most_step), dtype)
-    if given.lengths is not None:
-        steps = steps.masked_fill(padding(dt, given.lengths), 0)
-    return steps, steps * given.A.to(dtype)
-
-
-def padding(dt: Tensor, lengths: Tensor) -> Tensor:
-    """(B, L, 1) bool, True at and past ``lengths`` (B,)."""
-    return (torch.arange(dt.shape[1], device=dt.device) >= lengths.unsqueeze(1)).unsqueeze(-1)
-
-
 def mamba2_inner(given: Arguments, options: Options) -> tuple[Tensor, Tensor]:
     """out (B, L, d_model) and the final state (B, H, P, N)."""
     size = sizes(given, options.ngroups)
@@ -105,7 +92,8 @@ def mamba2_inner(given: Arguments, options: Options) -> tuple[Tensor, Tensor]:
         backend="reference",
     )
     x, B, C = heads(xBC, size)
-    steps, decays = weights_and_decays(given, dt, options)
+    limit = (options.least_step, options.most_step)
+    steps, decays = mamba2_steps.forward(dt, given.dt_bias, given.A, given.lengths, *limit)
     inner_gate = z.unflatten(-1, (size.heads, size.channels)) if given.norm_weight is None else None
     y, final_state = ssd_reference(
         x, steps, decays, B, C, per_head(given.D, size), inner_gate, given.ssm_state, given.seq_idx
