@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mambakit.datamodules.vision.files import ImageFiles, open_files
 
@@ -62,6 +62,8 @@ class ImageSource(ABC):
     @abstractmethod
     def image(self, index: int, channels: int) -> Image.Image:
         """Image ``index`` in 8 bits, RGB or grey ("L"): luma 0.299 R + 0.587 G + 0.114 B of ITU-R BT.601.
+
+        Transparency is dropped, and of several frames the first counts, as in torchvision.
 
         Raises:
             ImageError: it cannot be read or decoded, or holds more than 8 bits a sample.
@@ -139,8 +141,9 @@ class FileSource(ImageSource):
                 deep = image.mode[0] in "IF"
                 found = image.convert("L" if channels == 1 else "RGB")
         except Exception as error:  # each of Pillow's many decoders raises its own kind
+            reason = "no image of a kind Pillow knows" if isinstance(error, UnidentifiedImageError) else error
             raise ImageError(
-                f"image {self.name(index)} cannot be decoded ({error}); mend or remove it, or set corrupt to skip, "
+                f"image {self.name(index)} cannot be decoded ({reason}); mend or remove it, or set corrupt to skip, "
                 f"which leaves such images out and counts them"
             ) from None
         if deep:  # Pillow would clip such samples at 255
