@@ -46,10 +46,10 @@ def generate(
     """Continue a batch of prompts.
 
     On a CUDA device a :class:`mambakit.models.LanguageModel` generates by replaying CUDA graphs
-    (:mod:`mambakit.generation.graph`): of Mamba-1 and Mamba-2 layers by fused kernels, the same equations, rounded where
-    ``step`` rounds, summed in another order; of other layers whose state keeps its size by ``step`` itself. A seed
-    draws the same ids on every call. The graphs stay with the model for the next call; they see new
-    values of its parameters at the next call, and are captured anew when the parameters have moved.
+    (:mod:`mambakit.generation.graph`): of Mamba-1 and Mamba-2 layers by fused kernels, the same equations, rounded
+    where ``step`` rounds, summed in another order; of other layers whose state keeps its size by ``step`` itself. A
+    seed draws the same ids on every call. The graphs stay with the model for the next call; they see new values of its
+    parameters at the next call, and are captured anew when the parameters have moved.
     :func:`mambakit.generation.release_graphs` frees them. Attention, whose state grows, mixtures of experts, any other
     model or device, and a model with hooks take plain steps, as do fewer than five new ids.
 
