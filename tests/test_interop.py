@@ -170,8 +170,9 @@ HYBRID = {
 
 
 @torch.no_grad()
-def test_a_hybrid_of_mamba_ssm(tmp_path):
-    """Mamba-2, attention and gated MLPs, keys and shapes as mamba_ssm's modules have them, the model written out."""
+@pytest.mark.parametrize("d_conv", [0, 4])
+def test_a_hybrid_of_mamba_ssm(tmp_path, d_conv):
+    """Mamba-2, attention (convolved in mamba2attn-2.7b) and gated MLPs, by mamba_ssm's keys, the model written out."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
@@ -180,6 +181,7 @@ def test_a_hybrid_of_mamba_ssm(tmp_path):
     weights = {"backbone.embedding.weight": draw(16, 8), "backbone.norm_f.weight": 1 + draw(8)}
     for i in range(3):
         mixer = {"in_proj.weight": draw(24, 8), "out_proj.weight": draw(8, 12)}  # 2 + 2 * 1 heads of 6
+        mixer |= {"conv1d.weight": draw(24, 1, 4), "conv1d.bias": draw(24)} if d_conv else {}
         if i != 1:
             mixer = {
                 **{"in_proj.weight": draw(2 * 16 + 2 * 4 + 4, 8), "out_proj.weight": draw(8, 16)},
@@ -191,7 +193,8 @@ def test_a_hybrid_of_mamba_ssm(tmp_path):
         layer |= {"mlp.fc1.weight": draw(256, 8), "mlp.fc2.weight": draw(8, 128)}
         weights |= {f"backbone.layers.{i}.{key}": value for key, value in layer.items()}
     weights["lm_head.weight"] = weights["backbone.embedding.weight"]
-    (tmp_path / "config.json").write_text(json.dumps(HYBRID))
+    config = HYBRID | {"attn_cfg": HYBRID["attn_cfg"] | {"d_conv": d_conv}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     torch.save(weights, tmp_path / "pytorch_model.bin")
     model = load_language_model(tmp_path)
     assert {key: value.shape for key, value in model.state_dict().items()} == {k: v.shape for k, v in weights.items()}
@@ -204,7 +207,11 @@ def hybrid_in_plain_torch(w, ids):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight
 
     def attention(m, x):
-        q, k, v = (x @ m["in_proj.weight"].T).unflatten(-1, (4, 6)).split([2, 1, 1], 2)
+        qkv = x @ m["in_proj.weight"].T
+        if "conv1d.weight" in m:
+            qkv = F.conv1d(F.pad(qkv.transpose(1, 2), (3, 0)), m["conv1d.weight"], m["conv1d.bias"], groups=24)
+            qkv = qkv.transpose(1, 2)
+        q, k, v = qkv.unflatten(-1, (4, 6)).split([2, 1, 1], 2)
         angle = torch.arange(ids.shape[1])[:, None, None] * 10000.0 ** (-torch.arange(2) / 2)
         q, k = (
             torch.cat(

@@ -52,8 +52,9 @@ MHA_FIELDS = {
     "head_dim": "d_head",
     "rotary_emb_dim": "d_rotary",
     "rotary_emb_base": "rotary_base",
+    "d_conv": "d_conv",
 }
-MHA_FIXED = {"causal": True, "mlp_dim": 0, "d_conv": 0, "softmax_scale": None, "rotary_emb_interleaved": False}
+MHA_FIXED = {"causal": True, "mlp_dim": 0, "softmax_scale": None, "rotary_emb_interleaved": False}
 # Options of mamba_ssm's mixers that choose how to compute, not what.
 NO_EFFECT = {"use_fast_path", "use_mem_eff_path", "process_group", "sequence_parallel", "layer_idx", "device", "dtype"}
 

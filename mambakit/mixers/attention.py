@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambakit.mixers.base import SequenceMixer, State, check_state_kind
+from mambakit.kernels import causal_conv1d, causal_conv1d_update
+from mambakit.mixers.base import SequenceMixer, State, check_state_kind, last_inputs
 
 ROOM = 64  # places that a full cache grows by at least
 
@@ -20,7 +21,8 @@ class AttentionState(State):
 
     None for ``used`` is all of T. ``real`` (B, T) bool tells entries from gaps where the rows hold unequal numbers of
     them, the newest of each row last; None: all are real. The key at place i is kept as turned by position
-    ``start + i``. Scores depend on distances alone, so it does not matter where a row began.
+    ``start + i``. Scores depend on distances alone, so it does not matter where a row began. ``conv``
+    (B, (H + 2 G) P, W - 1): the last inputs of the convolution, where there is one, oldest first.
     """
 
     keys: Tensor
@@ -28,6 +30,7 @@ class AttentionState(State):
     real: Tensor | None = None
     used: int | None = None
     start: int = 0
+    conv: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -60,6 +63,8 @@ class Attention(SequenceMixer):
         rotary_base: ratio of the slowest to the fastest rotation.
         window: how many elements back a query sees, itself included; all by default.
         bias: in_proj and out_proj have biases.
+        d_conv: W, width of a causal convolution over queries, keys and values before all else, 2 to 4, as in
+            mamba_ssm's ``MHA``; 0 for none.
 
     Raises:
         ValueError: sizes that do not divide or are out of range, named.
@@ -75,6 +80,7 @@ class Attention(SequenceMixer):
         rotary_base: float = 10000.0,
         window: int | None = None,
         bias: bool = False,
+        d_conv: int = 0,
     ) -> None:
         super().__init__()
         if n_heads is None:
@@ -98,7 +104,11 @@ class Attention(SequenceMixer):
             raise ValueError(f"Attention: d_rotary={d_rotary}, expected an even number up to d_head={self.d_head}")
         if window is not None and window < 1:
             raise ValueError(f"Attention: window={window}, expected at least 1 (an element sees itself), or None")
-        self.in_proj = nn.Linear(d_model, (n_heads + 2 * self.n_kv_heads) * self.d_head, bias=bias)
+        if d_conv not in (0, 2, 3, 4):
+            raise ValueError(f"Attention: d_conv={d_conv}, expected a width of 2 to 4, or 0 for no convolution")
+        width = (n_heads + 2 * self.n_kv_heads) * self.d_head
+        self.in_proj = nn.Linear(d_model, width, bias=bias)
+        self.conv1d = nn.Conv1d(width, width, d_conv, groups=width) if d_conv else None
         self.out_proj = nn.Linear(n_heads * self.d_head, d_model, bias=bias)
 
     def mix(
@@ -110,7 +120,8 @@ class Attention(SequenceMixer):
         lengths: Tensor | None = None,
         return_state: bool = False,
     ) -> tuple[Tensor, AttentionState | None]:
-        queries, keys, values = self._project(x)
+        projected = self.in_proj(x)
+        queries, keys, values = self._convolve(projected, None if state is None else state.conv, seq_idx)
         real, start, before = None, 0, 0
         if state is not None:
             start, before = state.start, state.length
@@ -126,7 +137,12 @@ class Attention(SequenceMixer):
         y = self._attend(queries, keys, values, visible, visible is None and x.shape[1] > 1)
         if not return_state:
             return y, None
-        return y, self._remember(AttentionState(keys, values, real, start=start), segments, lengths, x.shape[1])
+        conv = None
+        if self.conv1d is not None:
+            width = self.conv1d.kernel_size[0] - 1
+            conv = last_inputs(projected, lengths, width, None if state is None else state.conv, seq_idx)
+        whole = AttentionState(keys, values, real, start=start, conv=conv)
+        return y, self._remember(whole, segments, lengths, x.shape[1])
 
     def step(self, x_t: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
         """One element; time and memory in proportion to what is kept. Without gradients the cache is written in place.
@@ -135,7 +151,11 @@ class Attention(SequenceMixer):
         """
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x_t, state.keys, self.in_proj.weight)):
             return super().step(x_t, state)
-        query, key, value = self._project(x_t.unsqueeze(1))
+        projected, conv = self.in_proj(x_t), None
+        if self.conv1d is not None:
+            conv = cast(Tensor, state.conv).clone()
+            projected = causal_conv1d_update(projected, conv, self.conv1d.weight.squeeze(1), self.conv1d.bias)
+        query, key, value = self._heads(projected.unsqueeze(1))
         state = self._with_room(state, key.dtype)
         place, end = state.length, state.length + 1
         position = torch.full((1,), state.start + place, device=x_t.device)
@@ -148,14 +168,18 @@ class Attention(SequenceMixer):
         y = self._attend(
             self._turn(query, position), state.keys[:, first:end], state.values[:, first:end], visible, False
         )
-        return y.squeeze(1), replace(state, used=end)
+        return y.squeeze(1), replace(state, used=end, conv=conv)
 
     def init_state(self, batch_size: int, *, device: Any = None, dtype: torch.dtype | None = None) -> AttentionState:
         """An empty cache: keys and values (batch_size, 0, G, P)."""
         weight = self.in_proj.weight
         device = weight.device if device is None else device
         empty = torch.zeros(batch_size, 0, self.n_kv_heads, self.d_head, device=device, dtype=dtype or weight.dtype)
-        return AttentionState(empty, empty.clone())
+        if self.conv1d is None:
+            return AttentionState(empty, empty.clone())
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        conv = torch.zeros(batch_size, len(weight), self.conv1d.kernel_size[0] - 1, device=device, dtype=dtype or wide)
+        return AttentionState(empty, empty.clone(), conv=conv)
 
     def check_state(self, name: str, state: Any, x: Tensor) -> None:
         check_state_kind(name, state, AttentionState, x)
@@ -164,10 +188,21 @@ class Attention(SequenceMixer):
                 f"{name}: the state's keys are {tuple(state.keys.shape)}, expected (batch, any, "
                 f"n_kv_heads={self.n_kv_heads}, d_head={self.d_head}); make it with this mixer's init_state"
             )
+        if (state.conv is None) != (self.conv1d is None):
+            raise ValueError(
+                f"{name}: the state is of a mixer {'without' if state.conv is None else 'with'} a convolution, unlike "
+                "this one; make it with this mixer's init_state"
+            )
 
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries (B, L, H, P), keys and values (B, L, G, P)."""
-        heads = self.in_proj(x).unflatten(-1, (self.n_heads + 2 * self.n_kv_heads, self.d_head))
+    def _convolve(self, projected: Tensor, before: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor, ...]:
+        """Queries (B, L, H, P), keys and values (B, L, G, P) from in_proj's output."""
+        if self.conv1d is not None:
+            weight = self.conv1d.weight.squeeze(1)
+            projected = causal_conv1d(projected, weight, self.conv1d.bias, initial_state=before, seq_idx=seq_idx)
+        return self._heads(projected)
+
+    def _heads(self, projected: Tensor) -> tuple[Tensor, ...]:
+        heads = projected.unflatten(-1, (self.n_heads + 2 * self.n_kv_heads, self.d_head))
         return heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=2)
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, causal: bool) -> Tensor:
@@ -239,7 +274,8 @@ class Attention(SequenceMixer):
         first = 0 if self.window is None else max(0, total - self.window + 1)
         # Copies: what is kept must not keep the longer tensors alive from which it was cut.
         keys, values = keys[:, first:].clone(), values[:, first:].clone()
-        return AttentionState(keys, values, None if real is None else real[:, first:], start=state.start + first)
+        real = None if real is None else real[:, first:]
+        return replace(state, keys=keys, values=values, real=real, start=state.start + first)
 
     def _with_room(self, state: AttentionState, dtype: torch.dtype) -> AttentionState:
         """The state, or a copy of what its window still needs, in ``dtype`` and with room for another element."""
@@ -256,7 +292,7 @@ class Attention(SequenceMixer):
 
         real = None if state.real is None else grown(state.real, torch.bool)
         keys, values = grown(state.keys, dtype), grown(state.values, dtype)
-        return AttentionState(keys, values, real, kept, state.start + used - kept)
+        return AttentionState(keys, values, real, kept, state.start + used - kept, state.conv)
 
 
 def _segments(seq_idx: Tensor, total: int) -> Tensor:

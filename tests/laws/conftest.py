@@ -60,6 +60,7 @@ CASES = [
     Case("mamba3-mimo", partial(Mamba3, d_state=4, headdim=4, is_mimo=True, mimo_rank=2)),
     Case("attention", partial(Attention, n_heads=1), grows=True),
     Case("attention-window", partial(Attention, n_heads=4, n_kv_heads=2, d_head=3, window=6, bias=True), grows=True),
+    Case("attention-convolved", partial(Attention, n_heads=2, n_kv_heads=1, d_head=3, d_conv=3), grows=True),
     Case(
         "backbone-hybrid",
         partial(Backbone, n_layers=2, pattern="ma", mlp=partial(SwiGLU, d_hidden=5), mixer=partial(Mamba1, d_state=2)),

@@ -14,7 +14,12 @@ from mambakit.mixers.attention import ROOM, AttentionState
 def by_loops(model, x, window=None):
     """The docstring's equation, query by query, with each rotation a complex number: x (L, D) to (L, D)."""
     length, P, H, G = len(x), model.d_head, model.n_heads, model.n_kv_heads
-    rows = model.in_proj(x).reshape(length, H + 2 * G, P)
+    rows = model.in_proj(x)
+    if model.conv1d is not None:
+        weight, earlier = model.conv1d.weight, torch.cat([torch.zeros(3, rows.shape[1], dtype=x.dtype), rows])
+        taps = [weight[:, 0, -1 - k] * earlier[3 - k : 3 - k + length] for k in range(weight.shape[2])]
+        rows = sum(taps) + model.conv1d.bias
+    rows = rows.reshape(length, H + 2 * G, P)
     q, k, v = rows[:, :H], rows[:, H : H + G], rows[:, H + G :]
     half, outputs = model.d_rotary // 2, torch.zeros(length, H, P, dtype=x.dtype)
     for t in range(length):
@@ -42,8 +47,9 @@ def by_loops(model, x, window=None):
         {"n_heads": 4, "n_kv_heads": 2, "d_head": 6, "d_rotary": 4, "bias": True},
         {"n_heads": 2, "d_rotary": 0, "window": 1},
         {"n_heads": 2, "n_kv_heads": 1, "window": 3, "rotary_base": 100.0},
+        {"n_heads": 2, "n_kv_heads": 1, "d_conv": 3},
     ],
-    ids=["plain", "grouped", "unrotated", "window"],
+    ids=["plain", "grouped", "unrotated", "window", "convolved"],
 )
 def test_the_equation(options):
     torch.manual_seed(0)
@@ -192,6 +198,7 @@ def test_default_heads(d_model, heads):
         ({"n_heads": 2, "d_rotary": 3}, "d_rotary=3.*even"),
         ({"n_heads": 2, "d_rotary": 6}, "d_rotary=6.*d_head=4"),
         ({"window": 0}, "window=0"),
+        ({"d_conv": 5}, "d_conv=5"),
     ],
 )
 def test_sizes_that_do_not_fit(options, words):
@@ -209,5 +216,7 @@ def test_a_state_of_another_kind_or_batch():
         model(x, state=model.init_state(3))
     with pytest.raises(ValueError, match=r"\(2, 0, 1, 8\).*n_kv_heads=2, d_head=4"):
         model(x, state=Attention(8, n_heads=1).init_state(2))
+    with pytest.raises(ValueError, match="with a convolution, unlike this one"):
+        model(x, state=Attention(8, n_heads=2, d_conv=2).init_state(2))
     with pytest.raises(ValueError, match="meta.*cpu"):
         model(x, state=model.init_state(2, device="meta"))
