@@ -33,7 +33,17 @@ MIXER_HOMES = {
     "bidirectional": "mambakit.mixers.bidirectional:Bidirectional",
     "vim": "mambakit.mixers.vim:VimMixer",
 }
-LETTERS = {"a": "attention", "2": "mamba2", "3": "mamba3"}
+LETTERS = {
+    "a": "attention",
+    "2": "mamba2",
+    "3": "mamba3",
+    "4": "s4",
+    "5": "s5",
+    "d": "s4d",
+    "n": "s4nd",
+    "b": "bidirectional",
+    "v": "vim",
+}
 
 
 @dataclass
@@ -140,7 +150,7 @@ class Backbone(nn.Module):
         gradient_checkpointing: recompute each layer in the backward pass instead of keeping what it stored.
         embedding: turns the raw input into (B, L, d_model) first; heads and models set it.
         pattern: kinds of mixer, a letter a layer, repeated to n_layers: "m" is ``mixer``, "a" attention,
-            "2" Mamba-2, "3" Mamba-3.
+            "2" Mamba-2, "3" Mamba-3, "4" S4, "5" S5, "d" S4D, "n" S4ND, "b" bidirectional Mamba-1, "v" Vim's.
         letters: further letters of the pattern, or other meanings: mixers as ``mixer`` takes them.
         mlp: after each mixer, with its own norm and addition: "mlp", "swiglu", "moe" (a mixture of experts), a class,
             or a callable taking d_model; None for mixers alone.

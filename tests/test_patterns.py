@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mambakit import Backbone, LanguageModel
+from mambakit.backbone import LETTERS, mixer_factory
 from mambakit.generation import generate
 from mambakit.generation.plain import obstacle
 from mambakit.kernels.testing import assert_close
@@ -45,6 +46,13 @@ def test_letters():
     first, second, third, fourth = (layer.mixer for layer in model.layers)
     assert first.d_state == 5 and third.d_state == 16
     assert second.window is None and fourth.window == 2
+
+
+@pytest.mark.parametrize("letter", LETTERS)
+def test_a_letter_is_its_mixer(letter):
+    with torch.device("meta"):
+        mixer = Backbone(64, 1, pattern=letter).layers[0].mixer
+    assert type(mixer) is mixer_factory(LETTERS[letter])
 
 
 def test_a_transformer():
@@ -196,7 +204,7 @@ def test_no_graph_holds_experts():
     [
         ({"pattern": "mma"}, "'mma' has 3 letters.*n_layers=4"),
         ({"pattern": ""}, "0 letters"),
-        ({"pattern": "mq"}, "'q' at place 1.*a, m"),
+        ({"pattern": "mq"}, "'q' at place 1.*2, 3, 4, 5, a, b, d, m"),
         ({"letters": {"x": "mamba1"}}, "letters.*without a pattern"),
         ({"pattern": "mx", "letters": {"x": "atention"}}, "atention.*did you mean attention"),
         ({"experts": "moe", "experts_every": 5}, "experts_every=5.*n_layers=4"),

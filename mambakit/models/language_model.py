@@ -89,7 +89,7 @@ class LanguageModel(nn.Module):
         return self.lm_head(hidden[torch.arange(len(hidden), device=hidden.device), last]), state
 
     def step(self, ids_t: Tensor, state: BackboneState) -> tuple[Tensor, BackboneState]:
-        """One token: ids_t (B,) to (logits (B, V), state), in constant time and memory."""
+        """One token: ids_t (B,) to (logits (B, V), state); the same cost each time, where there is no attention."""
         hidden, state = self.backbone.step(ids_t, state)
         return self.lm_head(hidden), state
 
