@@ -15,6 +15,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mambakit.datamodules.vision import Augment, Normalization, VisionDataModule
 from mambakit.datamodules.vision.pixels import pixel_order
@@ -283,28 +284,41 @@ class Linear(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.02)
 
 
-def fit(folder, data, **options):
+def fit(folder, data, resume=None, **options):
+    torch.manual_seed(0)
     model = Linear()
     settings = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    trainer = Trainer(
-        default_root_dir=folder, enable_checkpointing=False, num_sanity_val_steps=0, **settings, **options
-    )
-    torch.manual_seed(0)
-    trainer.fit(model, datamodule=data)
+    settings |= {"enable_checkpointing": "callbacks" in options, "num_sanity_val_steps": 0, "limit_val_batches": 0}
+    trainer = Trainer(default_root_dir=folder, **settings, **options)
+    trainer.fit(model, datamodule=data, ckpt_path=resume)
     return model, trainer
+
+
+def test_two_runs_of_a_seed_end_alike_also_when_one_was_stopped(tmp_path):
+    def data(**options):
+        return module(batch_size=32, validation_fraction=0.9, augment=Augment(**EVERYTHING), **options)
+
+    whole, _ = fit(tmp_path, data(), max_steps=8)  # 5 steps an epoch
+    again, _ = fit(tmp_path, data(num_workers=1), max_steps=8)
+    assert torch.equal(whole.layer.weight, again.layer.weight)
+    fit(tmp_path, data(), max_steps=7, callbacks=[ModelCheckpoint(tmp_path, "seven", every_n_train_steps=7)])
+    resumed, _ = fit(tmp_path, data(), resume=tmp_path / "seven.ckpt", max_steps=8)
+    assert torch.equal(whole.layer.weight, resumed.layer.weight)
+    other, _ = fit(tmp_path, data(seed=1), max_steps=8)
+    assert not torch.equal(whole.layer.weight, other.layer.weight)
 
 
 @pytest.mark.parametrize("augment", [Augment(), Augment(mixup=0.2)], ids=["plain", "mixup"])
 def test_digits_are_learned(tmp_path, augment):
     data = module(batch_size=32, test_fraction=0.1, augment=augment)
-    model, trainer = fit(tmp_path, data, max_epochs=3, limit_val_batches=0)
+    model, trainer = fit(tmp_path, data, max_epochs=3)
     trainer.test(model, datamodule=data, verbose=False)
     assert torch.cat(model.hits).float().mean() > 0.85
 
 
 def test_the_checkpoint_holds_classes_and_normalisation(tmp_path, tree):
     data = module()
-    _, trainer = fit(tmp_path, data, max_steps=1, limit_val_batches=0)
+    _, trainer = fit(tmp_path, data, max_steps=1)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     saved = torch.load(tmp_path / "a.ckpt", weights_only=False)["VisionDataModule"]
     assert saved == {"classes": list("0123456789"), "mean": [0.5], "std": [0.5]}
