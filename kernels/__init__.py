@@ -9,7 +9,7 @@ from mambakit.kernels.conv import causal_conv1d, causal_conv1d_update
 from mambakit.kernels.dispatch import use_backend
 from mambakit.kernels.duality import ssd
 from mambakit.kernels.generators import cauchy, log_vandermonde, log_vandermonde_transpose
-from mambakit.kernels.inner import mamba_inner
+from mambakit.kernels.inner import mamba2_inner, mamba_inner
 from mambakit.kernels.loss import linear_cross_entropy
 from mambakit.kernels.norm import gated_rms_norm, layer_norm, rms_norm
 from mambakit.kernels.recurrence import linear_scan
@@ -29,6 +29,7 @@ __all__ = [
     "linear_scan",
     "log_vandermonde",
     "log_vandermonde_transpose",
+    "mamba2_inner",
     "mamba_inner",
     "rms_norm",
     "selective_scan",

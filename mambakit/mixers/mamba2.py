@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambakit.kernels import causal_conv1d_update, gated_rms_norm, selective_state_update
+from mambakit.kernels import causal_conv1d_update, gated_rms_norm, mamba2_inner, selective_state_update
 from mambakit.kernels.duality import step_sizes
-from mambakit.kernels.inner.mamba2_op import mamba2_inner
 from mambakit.mixers.base import SequenceMixer, State, last_inputs
 
 
