@@ -38,7 +38,7 @@ class VisionDataModule(LightningDataModule):
     - ``index``: (B,) int64, the image within its source, for :meth:`image_name`.
 
     Everything follows from ``seed``, whatever ``num_workers`` is: the order, and what augmentation draws for an image,
-    which depends on the seed, the epoch and the image alone (for erasing and mixing, on the batch's first image). A
+    which depends on the seed, the epoch and the image alone (for erasing and mixing, on the batch's last image). A
     run stopped in the middle of an epoch goes on with the batches it would have seen. Under several processes each
     takes its share, ``batch_size`` images a step. What is cut off for validation and test follows from ``split_seed``,
     so runs of several seeds measure the same images. The classes and the normalisation go into the checkpoint.

@@ -34,9 +34,9 @@ class View(NamedTuple):
 class Images(Dataset):
     """Some images of a source as tensors.
 
-    Item ``p * n + i``, with n = ``len``, is image i in its p-th pass: what augmentation draws depends on the seed and
-    on p and i, and what a batch draws (erasing, mixing) on its first item. The random generators of Python, NumPy and
-    torch are as before once a batch is made.
+    Item ``p * n + i``, with n = ``len``, is image i in its p-th pass. What augmentation draws depends on the seed and
+    on p and i; what a batch draws after its images (erasing, mixing) depends on the seed and its last item. The random
+    generators of Python, NumPy and torch are as before once a batch is made.
 
     Args:
         source: the images.
@@ -100,8 +100,6 @@ class Images(Dataset):
                 inputs = as_tokens(pixels, self.view.order)
             else:
                 inputs = _normalized(pixels, self.view.normalization)
-                if self.seed is not None:
-                    seed_all(self.seed, items[0], 1)
                 if self.erase is not None:
                     inputs = self.erase(inputs)
                 if mix is not None:
@@ -117,7 +115,7 @@ class Images(Dataset):
         for row, (item, place) in enumerate(zip(items, index.tolist(), strict=True)):
             image = self.source.image(place, channels)
             if self.seed is not None:
-                seed_all(self.seed, item, 0)
+                seed_all(self.seed, item)
             image = self.transform(image)
             if image.size != (width, height):
                 raise ImageError(
