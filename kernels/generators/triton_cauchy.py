@@ -139,7 +139,7 @@ def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], in
     for sets in (1, 4):
         constants = {"SETS": sets, "BM": 512}
         yield cauchy_kernel, tensors | {"out": "*fp32"} | sizes | dict.fromkeys(constants, "constexpr"), constants, 4
-        constants = {"SETS": sets, "BN": 32, "BM": 16}
+        constants = {"SETS": sets, "BN": 32, "BM": 32}
         signature = {"dout": "*fp32"} | tensors | {"dresidues": "*fp32", "dpoles": "*fp32"} | sizes
         signature |= {"segment": "i32"} | dict.fromkeys(constants, "constexpr")
-        yield cauchy_backward_kernel, signature, constants, 4
+        yield cauchy_backward_kernel, signature, constants, 8

@@ -26,7 +26,20 @@ def log_vandermonde(v: Tensor, x: Tensor, length: int) -> Tensor:
     out = torch.empty(rows, length, dtype=torch.float32, device=x.device)
     BI, BJ, BN = _tile(length, states, 128)
     grid = rows, triton.cdiv(length, BI * BJ)
-    launch(vandermonde_kernel, grid, _real(v), _real(x), out, length, states, BI=BI, BJ=BJ, BN=BN, num_warps=4)
+    launch(
+        vandermonde_kernel,
+        grid,
+        _real(v),
+        _real(x),
+        out,
+        length,
+        states,
+        BI=BI,
+        BJ=BJ,
+        BN=BN,
+        num_warps=4,
+        num_stages=1,
+    )
     return out
 
 
@@ -84,7 +97,7 @@ def cauchy_backward(dout: Tensor, residues: Tensor, poles: Tensor, z: Tensor) ->
     sets, rows, states, _ = residues.shape
     nodes = z.shape[0]
     together = _sets_together(sets)
-    BN, BM = 32 if states > 16 else 16, 16
+    BN, BM = 32 if states > 16 else 16, 32
     groups, tiles = sets // together, triton.cdiv(states, BN)
     segments = min(triton.cdiv(PROGRAMS, rows * tiles * groups), triton.cdiv(nodes, 8 * BM))
     segment = triton.cdiv(triton.cdiv(nodes, segments), BM) * BM
@@ -107,7 +120,7 @@ def cauchy_backward(dout: Tensor, residues: Tensor, poles: Tensor, z: Tensor) ->
         SETS=together,
         BN=BN,
         BM=BM,
-        num_warps=4,
+        num_warps=8,
     )
     return _total(dresidues), _total(dpoles)
 

@@ -122,9 +122,9 @@ def vandermonde_moments_kernel(
 def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]]:
     """(kernel, signature, constant arguments, warps) of typical calls, for a compile test that needs no GPU."""
     sizes = {"length": "i32", "states": "i32"}
-    constants: dict[str, Any] = {"BI": 128, "BJ": 128, "BN": 32}
+    constants: dict[str, Any] = {"BI": 32, "BJ": 128, "BN": 32}
     signature = {"v": "*fp32", "x": "*fp32", "out": "*fp32"} | sizes | dict.fromkeys(constants, "constexpr")
-    yield vandermonde_kernel, signature, constants, 8
+    yield vandermonde_kernel, signature, constants, 4
     signature = {"u": "*fp32", "x": "*fp32", "zeroth": "*fp32", "first": "*fp32"} | sizes
     for absent in ({}, {"first": None}):
         constants = {"BI": 32, "BJ": 64, "BN": 32} | absent

@@ -102,22 +102,13 @@ class S4DKernel(nn.Module):
         """
         log_dA, dB, C = self.discretize(rate)
         length = x.shape[1]
-        steps = torch.ones_like(x[..., :1])
-        if lengths is not None:
-            steps = (torch.arange(length, device=x.device) < lengths.unsqueeze(1)).to(x.dtype).unsqueeze(-1)
-        if seq_idx is not None:  # a step of 0 leaves the state as it is; no kernel takes a complex A
-            return selective_scan(
-                x,
-                steps.expand_as(x),
-                log_dA,
-                dB,
-                C,
-                initial_state=before,
-                seq_idx=seq_idx,
-                return_final_state=True,
-                backend="torch",
-            )
-        x = torch.where(steps > 0, x, 0)
+        if seq_idx is not None:
+            steps = torch.ones_like(x)
+            if lengths is not None:  # a step of 0 leaves the state as it is
+                times = torch.arange(length, device=x.device)
+                steps = (times < lengths.unsqueeze(1)).to(x.dtype).unsqueeze(-1).expand_as(x)
+            options: dict[str, Any] = {"initial_state": before, "seq_idx": seq_idx, "return_final_state": True}
+            return selective_scan(x, steps, log_dA, dB, C, **options, backend="torch")  # no kernel takes a complex A
         y = fft_convolve(x, log_vandermonde(C * dB, log_dA, length))
         h = dB * log_vandermonde_transpose(_from_the_end(x, lengths).mT, log_dA)
         if before is not None:
