@@ -67,13 +67,21 @@ def load_decays(weights, logs, owners, t0, i, Q: tl.constexpr):
 
 
 @triton.jit
-def decay_matrix(log, owners, t0, i):
-    """(Q, Q): the decay from step j (second axis) to step i, 0 where j is later or in another sequence."""
-    mask = i[:, None] >= i[None, :]
+def decay_matrix(log, owners, t0, i, TURNED: tl.constexpr = False):
+    """(Q, Q): the decay from step j (second axis) to step i, 0 where j is later or in another sequence.
+
+    TURNED: from step i (first axis) to step j.
+    """
+    if TURNED:
+        mask = i[:, None] <= i[None, :]
+        difference = log[None, :] - log[:, None]
+    else:
+        mask = i[:, None] >= i[None, :]
+        difference = log[:, None] - log[None, :]
     if owners is not None:
         owner = tl.load(owners + t0 + 1 + i)
         mask = mask & (owner[:, None] == owner[None, :])
-    return tl.exp2(tl.where(mask, log[:, None] - log[None, :], float("-inf")))
+    return tl.exp2(tl.where(mask, difference, float("-inf")))
 
 
 @triton.jit
@@ -137,6 +145,11 @@ class Tiling(NamedTuple):
     BN: int
     operand: Any  # tl.dtype that the tensor cores multiply
     precision: str  # how they multiply float32
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """As the kernels name them."""
+        return {"Q": self.Q, "BP": self.BP, "BN": self.BN, "OPERAND": self.operand, "PRECISION": self.precision}
 
 
 def tiling(x: Tensor, B: Tensor, C: Tensor) -> Tiling:

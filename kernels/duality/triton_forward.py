@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -23,12 +21,8 @@ from mambakit.kernels.duality.triton_common import (
     tiling,
     unit_stride,
 )
-from mambakit.kernels.duality.triton_states import join, own_states
+from mambakit.kernels.duality.triton_states import Segments
 from mambakit.kernels.launch import launch
-
-# Programs that keep an H200's 132 multiprocessors busy, and the fewest tiles that are worth one.
-PROGRAMS = 256
-SHORTEST = 4
 
 
 @triton.jit(do_not_specialize=["length", "tiles", "segments", "segment_tiles", "share"])
@@ -39,16 +33,14 @@ def ssd_forward_kernel(
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of BP channels of one segment of one head. Grid (B * segments * H * parts,), ``parts`` of BP channels.
+    """Outputs of one segment of one head. Grid (B * segments * H,).
 
     entering: (B, segments, H, P, N), the state before each segment, or None for zeros.
     """
-    parts: tl.constexpr = (P + BP - 1) // BP
-    program = tl.program_id(0) // parts
-    head = program % heads
-    segment = program // heads % segments
-    b = (program // heads // segments).to(tl.int64)
-    i, p, n = tl.arange(0, Q), tl.program_id(0) % parts * BP + tl.arange(0, BP), tl.arange(0, BN)
+    head = tl.program_id(0) % heads
+    segment = tl.program_id(0) // heads % segments
+    b = (tl.program_id(0) // heads // segments).to(tl.int64)
+    i, p, n = tl.arange(0, Q), tl.arange(0, BP), tl.arange(0, BN)
     x += b * x_b + head.to(tl.int64) * x_h
     B += b * B_b + (head // share).to(tl.int64) * B_g
     C += b * C_b + (head // share).to(tl.int64) * C_g
@@ -116,27 +108,17 @@ def ssd_forward(
     tile = tiling(x, B, C)
     with torch.cuda.device_of(x):
         prepared = prepare(weights, log_decays, seq_idx, tile.Q)
-        tiles = triton.cdiv(length, tile.Q)
-        segment_tiles = max(SHORTEST, triton.cdiv(tiles, triton.cdiv(PROGRAMS, batch * heads)))
-        segments = triton.cdiv(tiles, segment_tiles)
-        entering: Any = None if initial_state is None else initial_state.contiguous()
-        if segments > 1:
-            shape = (batch, segments, heads)
-            states = torch.empty(*shape, channels, d_state, dtype=torch.float32, device=x.device)
-            throughs = torch.empty(shape, dtype=torch.float32, device=x.device)
-            own_states(x, None, B, prepared, tile, states, throughs, segment_tiles, reverse=False)
-            join(states, throughs, entering, None, reverse=False)
-            entering = states
+        initial = None if initial_state is None else initial_state.contiguous()
+        cut = Segments(x, B, prepared, tile, initial)
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         final = torch.empty(batch, heads, channels, d_state, dtype=torch.float32, device=x.device)
         owners = prepared.owners
         launch(
-            ssd_forward_kernel, (batch * segments * heads,),
-            x, prepared.weights, prepared.logs, B, C, D, z, owners, entering, out, final,
-            length, heads, heads // B.shape[2], tiles, segments, segment_tiles,
+            ssd_forward_kernel, (batch * cut.segments * heads,),
+            x, prepared.weights, prepared.logs, B, C, D, z, owners, cut.entering, out, final,
+            length, heads, heads // B.shape[2], cut.tiles, cut.segments, cut.segment_tiles,
             *row_strides(x), *row_strides(B), *row_strides(C), *row_strides(z), *skip_strides(D),
             0 if owners is None else owners.stride(0),
-            P=channels, N=d_state, Q=tile.Q, BP=tile.BP, BN=tile.BN, OPERAND=tile.operand, PRECISION=tile.precision,
-            STAGES=2, num_warps=4,
+            P=channels, N=d_state, **tile.sizes, STAGES=2, num_warps=4,
         )  # fmt: skip
     return out, final, final.new_empty(0, *final.shape)

@@ -12,7 +12,7 @@ from typing import Any
 import triton.language as tl
 from torch import Tensor
 
-from mambakit.kernels.duality.triton_backward import ssd_backward, ssd_backward_kernel
+from mambakit.kernels.duality.triton_backward import input_gradients_kernel, ssd_backward, vector_gradients_kernel
 from mambakit.kernels.duality.triton_common import prepare_kernel
 from mambakit.kernels.duality.triton_forward import ssd_forward, ssd_forward_kernel
 from mambakit.kernels.duality.triton_states import join_kernel, states_kernel
@@ -32,30 +32,35 @@ def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], in
     constexpr None.
     """
     absent = dict.fromkeys(("z", "owners", "dz", "initial", "entering", "D", "dD"))
-    shape = {"P": 64, "BP": 64, "WIDTH": 512, "AHEAD": 8, "BH": 32, "SEGMENT": 4, "STAGES": 2, "STATE": 8192}
+    shape = {
+        "P": 64,
+        "BP": 64,
+        "WIDTH": 512,
+        "AHEAD": 8,
+        "BH": 32,
+        "SEGMENT": 2,
+        "STAGES": 2,
+        "STATE": 8192,
+        "ADD": True,
+    }
     cases: tuple[tuple[str, dict[str, Any]], ...] = (
         ("bf16", {"N": 128, "BN": 128, "Q": 64, "OPERAND": tl.bfloat16, "PRECISION": "tf32"}),
         ("bf16", {"N": 64, "BN": 64, "Q": 64, "OPERAND": tl.bfloat16, "PRECISION": "tf32"} | absent),
         ("fp16", {"N": 64, "BN": 64, "Q": 32, "OPERAND": tl.float32, "PRECISION": "tf32"} | absent),
         ("fp32", {"N": 48, "BN": 64, "Q": 32, "OPERAND": tl.float32, "PRECISION": "tf32x3"}),
     )
+    kernels = (prepare_kernel, states_kernel, join_kernel, ssd_forward_kernel)
     for dtype, options in cases:
-        for kernel, num_warps, reverse in (
-            (prepare_kernel, 4, False),
-            (states_kernel, 4, False),
-            (states_kernel, 4, True),
-            (join_kernel, 4, True),
-            (ssd_forward_kernel, 4, False),
-            (ssd_backward_kernel, 8, False),
-        ):
-            yield kernel, *_typed(kernel, dtype, shape | options | {"REVERSE": reverse}), num_warps
+        for kernel in (*kernels, input_gradients_kernel, vector_gradients_kernel):
+            keep = {"KEEP": "owners" not in options, "throughs": None} if kernel is states_kernel else {}
+            yield kernel, *_typed(kernel, dtype, shape | options | keep), 4
 
 
 def _typed(kernel: Any, dtype: str, constants: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
     """The signature of ``kernel`` with activations of ``dtype``, and those constants that it takes."""
-    activations = {"x", "B", "C", "z", "out", "dout", "dx", "dz", "befores", "afters"}
+    activations = {"x", "B", "C", "z", "out", "dout", "dx", "dz", "befores", "afters", "vectors"}
     wide = {"weights", "logs", "log_decays", "rows", "D", "entering", "final", "initial", "states", "throughs"}
-    wide |= {"dweights", "dlogs", "dB", "dC", "dD"}
+    wide |= {"leaving", "dfinal", "dinitial", "dweights", "dlogs", "dB", "dC", "dD"}
     types = dict.fromkeys(activations, f"*{dtype}") | dict.fromkeys(wide, "*fp32") | {"owners": "*i32"}
     types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}

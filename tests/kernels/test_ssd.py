@@ -270,11 +270,12 @@ def test_every_element_is_written_and_strides_do_not_matter(backend):
 )
 @pytest.mark.parametrize("cut", ["whole", "cut"])
 def test_triton_gives_the_outputs_and_gradients_of_the_definition(options, cut, monkeypatch):
-    """Of float64 from the same numbers; time in one segment and heads one a program, and the other way round."""
-    from mambakit.kernels.duality import triton_backward, triton_forward
+    """Of float64 from the same numbers; time and heads in one piece, or everything cut as small as it goes."""
+    from mambakit.kernels.duality import triton_backward, triton_states
 
-    monkeypatch.setattr(triton_forward, "SHORTEST", 1 if cut == "cut" else 1000)
+    monkeypatch.setattr(triton_states, "SHORTEST", 1000 if cut == "whole" else 1)
     monkeypatch.setattr(triton_backward, "PROGRAMS", 1 if cut == "whole" else 1000)
+    monkeypatch.setattr(triton_backward, "KEPT", 1 << 25 if cut == "whole" else 1)
     given = arguments(dtype=torch.float32, device=device_of("triton"), **options)
     wide = {n: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in given.items()}
     with poisoned_memory():
