@@ -1,12 +1,10 @@
-"""``trapezoidal_ssd`` by Triton, of one rank: two registered operators around the recurrence, and their gradients."""
+"""``trapezoidal_ssd`` by Triton, of one rank: three registered operators around the recurrence, and their gradients."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mambakit.kernels.duality import weighted_ssd
@@ -14,8 +12,6 @@ from mambakit.kernels.duality.reference import ssd_dtype
 from mambakit.kernels.registration import call, register
 from mambakit.kernels.trapezoid.chunked import at_end, begins, input_weights, masked, unless_empty
 from mambakit.kernels.trapezoid.reference import TrapezoidalState, by_head, rotate, start_state
-
-STEPS = 16  # of a chunk of angles, which a program adds up
 
 
 def not_in_triton(x: Tensor, dt: Tensor, dA: Tensor, B: Tensor, C: Tensor, mimo_x: Tensor | None) -> str | None:
@@ -58,57 +54,27 @@ def trapezoidal_ssd_triton(
         dt, dA = (masked(tensor.float(), lengths).contiguous() for tensor in (dt, dA))
         gamma, weights, reach = input_weights(dt, trap.float(), seq_idx)
         runs = None if seq_idx is None else begins(seq_idx).cumsum(1, dtype=torch.int32)
-        carry = carries(angles.float(), dt, start.angle, runs)
+        angle, angle_end = _angles(_rows(angles), dt, start.angle, runs)
         ssm, first = None, None
         if initial_state is not None:
             ssm = start.ssm + torch.einsum("bh,bhp,bhn->bhpn", reach, start.v, start.k.squeeze(1))
-            angle = start.angle + math.pi * torch.tanh(angles[:, :1].float()) * dt[:, 0].unsqueeze(-1)
-            q = rotate(by_head(C[:, 0], C_bias, heads, torch.float32), angle.unsqueeze(1), halves=False)
+            q = rotate(by_head(C[:, 0], C_bias, heads, torch.float32), angle[:, :1], halves=False)
             first = torch.einsum("bhpn,bqhn->bhp", ssm, q)
 
         q_next, k, dots = _keys(
             *(_rows(tensor.squeeze(2)) for tensor in (B, C)),
             *(None if bias is None else bias.squeeze(1).contiguous() for bias in (B_bias, C_bias)),
-            _rows(angles),
-            dt,
-            carry[:, :-1].contiguous(),
-            runs,
+            angle,
             x.dtype,
         )
         read, ssm = weighted_ssd(x, weights, dA, k, q_next, initial_state=ssm, seq_idx=seq_idx, backend=backend)
         z = None if z is None else _rows(z.squeeze(2))
         out = _output(read, first, _rows(x), z, D, dA, gamma.contiguous(), dots, runs)
 
-        k_end = rotate(by_head(at_end(B, lengths), B_bias, heads, torch.float32), carry[:, -1:], halves=False)
+        k_end = rotate(by_head(at_end(B, lengths), B_bias, heads, torch.float32), angle_end.unsqueeze(1), halves=False)
         k_end = unless_empty(lengths, k_end, start.k)
         v_end = unless_empty(lengths, at_end(x, lengths).float(), start.v)
-    return out.unsqueeze(2), TrapezoidalState(carry[:, -1], ssm, k_end, v_end)
-
-
-def carries(angles: Tensor, dt: Tensor, start: Tensor, runs: Tensor | None) -> Tensor:
-    """The angle before each chunk of ``STEPS`` steps, and behind the last: (B, chunks + 1, H, S) in [0, 2 pi).
-
-    ``runs`` (B, L) counts the sequences of a row. Inside the chunks the kernels add up; the chunks' sums are float64,
-    as in ``angle_sums``.
-    """
-    padding = -dt.shape[1] % STEPS
-    speeds = F.pad(math.pi * torch.tanh(angles), (0, 0, 0, padding)).unflatten(1, (-1, STEPS))
-    steps = F.pad(dt, (0, 0, 0, padding)).unflatten(1, (-1, STEPS))
-    resets = None
-    if runs is not None:
-        by_chunk = F.pad(runs.unsqueeze(1).float(), (0, padding), mode="replicate").squeeze(1).unflatten(1, (-1, STEPS))
-        ends = by_chunk[:, :, -1]
-        steps = steps.masked_fill((by_chunk != ends.unsqueeze(2)).unsqueeze(-1), 0)
-        resets = ends != F.pad(ends[:, :-1], (1, 0))
-    sums = F.pad(torch.einsum("bcth,bcts->bchs", steps.double(), speeds.double()), (0, 0, 0, 0, 1, 0)).cumsum(1)
-    if resets is None:
-        angle = start.unsqueeze(1) + sums
-    else:  # of the chunks so far, the last in which a sequence begins: what came before it does not count
-        chunks = torch.arange(resets.shape[1], device=dt.device)
-        last = F.pad(torch.where(resets, chunks, -1).cummax(1).values, (1, 0), value=-1)[..., None, None]
-        own = sums - sums.gather(1, last.clamp(min=0).expand_as(sums))
-        angle = torch.where(last < 0, start.unsqueeze(1) + sums, own)
-    return torch.remainder(angle, 2 * math.pi).to(dt.dtype)
+    return out.unsqueeze(2), TrapezoidalState(angle_end, ssm, k_end, v_end)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -116,39 +82,65 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _keys_implementation(
-    B: Tensor,
-    C: Tensor,
-    B_bias: Tensor | None,
-    C_bias: Tensor | None,
-    angles: Tensor,
-    dt: Tensor,
-    carry: Tensor,
-    runs: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q of the step after, zeros at the last, and k, both (B, L, H, N) in ``dtype``; their products (B, L, H).
+def _angles_implementation(angles: Tensor, dt: Tensor, start: Tensor, runs: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The angle at each step, (B, L, H, S), and the last in [0, 2 pi), (B, H, S), from ``start`` (B, H, S) on.
 
-    B and C are (B, L, G, N), their biases (H, N), angles (B, L, S), dt (B, L, H), carry (B, chunks, H, S), runs (B, L).
+    angles (B, L, S), dt (B, L, H); runs (B, L) counts the sequences of a row. The angle at a step is up to whole turns
+    that of ``angle_sums``, smaller than 2 pi and what one chunk adds.
     """
     from mambakit.kernels.trapezoid import triton_launch
 
-    return triton_launch.keys(B, C, B_bias, C_bias, angles, dt, carry, runs, dtype, STEPS)
+    angle, end = triton_launch.angles(angles, dt, start, runs)
+    return angle, end
+
+
+def _angles_fake(angles: Tensor, dt: Tensor, start: Tensor, runs: Tensor | None) -> tuple[Tensor, Tensor]:
+    return dt.new_empty(*dt.shape, angles.shape[2]), torch.empty_like(start)
+
+
+def _angles_backward_implementation(
+    dangle: Tensor, dend: Tensor, angles: Tensor, dt: Tensor, runs: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of angles, dt and start."""
+    from mambakit.kernels.trapezoid import triton_launch
+
+    return triton_launch.angles_gradients(dangle.contiguous(), dend, angles, dt, runs)
+
+
+def _angles_backward_fake(
+    dangle: Tensor, dend: Tensor, angles: Tensor, dt: Tensor, runs: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return dt.new_empty(angles.shape), torch.empty_like(dt), torch.empty_like(dend)
+
+
+def _angles_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    angles, dt, _, runs = inputs
+    ctx.save_for_backward(angles, dt, runs)
+
+
+def _angles_gradients(ctx: Any, dangle: Tensor, dend: Tensor) -> tuple[Any, ...]:
+    angles, dt, runs = ctx.saved_tensors
+    dangles, ddt, dstart = call(_angles_backward, dangle, dend, angles, dt, runs)
+    return dangles.to(angles.dtype), ddt, dstart, None
+
+
+def _keys_implementation(
+    B: Tensor, C: Tensor, B_bias: Tensor | None, C_bias: Tensor | None, angle: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q of the step after, zeros at the last, and k, both (B, L, H, N) in ``dtype``; their products (B, L, H).
+
+    B and C are (B, L, G, N), their biases (H, N), angle (B, L, H, S).
+    """
+    from mambakit.kernels.trapezoid import triton_launch
+
+    return triton_launch.keys(B, C, B_bias, C_bias, angle, dtype)
 
 
 def _keys_fake(
-    B: Tensor,
-    C: Tensor,
-    B_bias: Tensor | None,
-    C_bias: Tensor | None,
-    angles: Tensor,
-    dt: Tensor,
-    carry: Tensor,
-    runs: Tensor | None,
-    dtype: torch.dtype,
+    B: Tensor, C: Tensor, B_bias: Tensor | None, C_bias: Tensor | None, angle: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q = B.new_empty(*dt.shape, B.shape[3], dtype=dtype)
-    return q, torch.empty_like(q), torch.empty_like(dt)
+    q = B.new_empty(*angle.shape[:3], B.shape[3], dtype=dtype)
+    return q, torch.empty_like(q), angle.new_empty(angle.shape[:3])
 
 
 def _keys_backward_implementation(
@@ -159,19 +151,13 @@ def _keys_backward_implementation(
     C: Tensor,
     B_bias: Tensor | None,
     C_bias: Tensor | None,
-    angles: Tensor,
-    dt: Tensor,
-    carry: Tensor,
-    runs: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of B, C, their biases, angles, dt and carry; of a bias that was not given an empty tensor."""
+    angle: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of B, C, both biases (H, 2, N), and angle."""
     from mambakit.kernels.trapezoid import triton_launch
 
     dq, dk, ddots = dq.contiguous(), dk.contiguous(), ddots.contiguous()
-    tensors = (B, C, B_bias, C_bias, angles, dt, carry, runs)
-    dB, dC, dB_bias, dC_bias, dangles, ddt, dcarry = triton_launch.keys_gradients(dq, dk, ddots, *tensors, STEPS)
-    dB_bias, dC_bias = (dt.new_empty(0) if gradient is None else gradient for gradient in (dB_bias, dC_bias))
-    return dB, dC, dB_bias, dC_bias, dangles, ddt, dcarry
+    return triton_launch.keys_gradients(dq, dk, ddots, B, C, B_bias, C_bias, angle)
 
 
 def _keys_backward_fake(
@@ -182,28 +168,21 @@ def _keys_backward_fake(
     C: Tensor,
     B_bias: Tensor | None,
     C_bias: Tensor | None,
-    angles: Tensor,
-    dt: Tensor,
-    carry: Tensor,
-    runs: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dB_bias, dC_bias = (dt.new_empty(0 if bias is None else bias.shape) for bias in (B_bias, C_bias))
+    angle: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dB, dC = (torch.empty(b.shape, dtype=b.dtype, device=b.device) for b in (B, C))
-    return dB, dC, dB_bias, dC_bias, dt.new_empty(angles.shape), torch.empty_like(dt), torch.empty_like(carry)
+    return dB, dC, angle.new_empty(angle.shape[2], 2, B.shape[3]), torch.empty_like(angle)
 
 
 def _keys_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:8])
+    ctx.save_for_backward(*inputs[:5])
 
 
 def _keys_gradients(ctx: Any, dq: Tensor, dk: Tensor, ddots: Tensor) -> tuple[Any, ...]:
-    B, C, B_bias, C_bias, angles, dt, carry, runs = ctx.saved_tensors
-    tensors = (B, C, B_bias, C_bias, angles, dt, carry, runs)
-    dB, dC, dB_bias, dC_bias, dangles, ddt, dcarry = call(_keys_backward, dq, dk, ddots, *tensors)
-    dB_bias, dC_bias = (
-        None if bias is None else gradient.to(bias.dtype) for bias, gradient in ((B_bias, dB_bias), (C_bias, dC_bias))
-    )
-    return dB, dC, dB_bias, dC_bias, dangles.to(angles.dtype), ddt, dcarry, None, None
+    B, C, B_bias, C_bias, angle = ctx.saved_tensors
+    dB, dC, dbias, dangle = call(_keys_backward, dq, dk, ddots, B, C, B_bias, C_bias, angle)
+    biases = (None if b is None else d.to(b.dtype) for b, d in zip((B_bias, C_bias), dbias.unbind(1), strict=True))
+    return dB, dC, *biases, dangle, None
 
 
 def _output_implementation(
@@ -298,6 +277,8 @@ def _output_gradients(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
     )
 
 
+_angles_backward = register("trapezoid_angles_backward", _angles_backward_implementation, _angles_backward_fake)
+_angles = register("trapezoid_angles", _angles_implementation, _angles_fake, _angles_setup, _angles_gradients)
 _keys_backward = register("trapezoid_keys_backward", _keys_backward_implementation, _keys_backward_fake)
 _keys = register("trapezoid_keys", _keys_implementation, _keys_fake, _keys_setup, _keys_gradients)
 _output_backward = register("trapezoid_output_backward", _output_backward_implementation, _output_backward_fake)

@@ -44,6 +44,8 @@ def in_float64(given: dict[str, Any]) -> dict[str, Any]:
         {"length": 18, "padded": True, "batch": 2},
         {"length": 2, "d_state": 40, "angles": 17},
         {"length": 33, "optional": False, "packed": True},
+        {"length": 70, "packed": True, "heads": 1, "groups": 1},
+        {"length": 65},
     ],
     ids=str,
 )
@@ -96,29 +98,25 @@ def test_triton_writes_every_element_whatever_the_strides():
 
 
 def test_triton_operators_pass_opcheck():
-    """Schema, fake tensors and autograd of the two operators and of their backwards."""
+    """Schema, fake tensors and autograd of the three operators and of their backwards."""
     inputs = given(length=5, d_state=4, channels=2)
-    B, C, x, z = (inputs[name] for name in ("B", "C", "x", "z"))
-    runs = torch.tensor([[0, 0, 1, 1, 1]], dtype=torch.int32, device=DEVICE)
-    carry = torch.rand(1, 1, 2, 2, device=DEVICE)
-    keys = [B, C, inputs["B_bias"], inputs["C_bias"], inputs["angles"], inputs["dt"], carry]
-    keys = [tensor.requires_grad_() for tensor in keys]
-    torch.library.opcheck(fused._keys, (*keys, runs, torch.float32))
-    torch.library.opcheck(fused._keys, (B, C, None, None, *keys[4:], None, torch.float32))
-    plain = [tensor.detach() for tensor in keys]
+    state, runs = inputs["initial_state"], torch.tensor([[0, 0, 1, 1, 1]], dtype=torch.int32, device=DEVICE)
+    dt, x = inputs["dt"], inputs["x"]
+    angle = torch.rand(1, 5, 2, 2, device=DEVICE)
+    keys = [inputs[name] for name in ("B", "C", "B_bias", "C_bias")] + [angle]
+    output = [x.clone(), state.v, x, *(inputs[name] for name in ("z", "D", "dA", "trap")), dt.clone()]
     rows = torch.rand(1, 5, 2, 4, device=DEVICE)
-    torch.library.opcheck(fused._keys_backward, (rows, rows, inputs["dA"], *plain, runs))
-    torch.library.opcheck(fused._keys_backward, (rows, rows, inputs["dA"], *plain[:2], None, None, *plain[4:], None))
-    first = torch.rand(1, 2, 2, device=DEVICE)
-    output = [x.clone(), first, x, z, inputs["D"], inputs["dA"], inputs["trap"], inputs["dt"].detach().clone()]
-    output = [tensor.requires_grad_() for tensor in output]
+    torch.library.opcheck(fused._angles_backward, (angle, state.angle, inputs["angles"], dt, runs))
+    torch.library.opcheck(fused._keys_backward, (rows, rows.clone(), dt, *keys))
+    torch.library.opcheck(fused._output_backward, (x.clone(), *output, runs))
+    for tensor in (inputs["angles"], dt, state.angle, *keys, *output):
+        tensor.requires_grad_()
+    torch.library.opcheck(fused._angles, (inputs["angles"], dt, state.angle, runs))
+    torch.library.opcheck(fused._angles, (inputs["angles"], dt, state.angle, None))
+    torch.library.opcheck(fused._keys, (*keys, torch.float32))
+    torch.library.opcheck(fused._keys, (*keys[:2], None, None, angle, torch.float32))
     torch.library.opcheck(fused._output, (*output, runs))
     torch.library.opcheck(fused._output, (output[0], None, x, None, None, *output[5:], None))
-    plain = [tensor.detach() for tensor in output]
-    torch.library.opcheck(fused._output_backward, (torch.rand_like(x), *plain, runs))
-    torch.library.opcheck(
-        fused._output_backward, (torch.rand_like(x), plain[0], None, x.detach(), None, None, *plain[5:], None)
-    )
 
 
 def test_a_training_step_by_triton_compiles_without_a_break():
