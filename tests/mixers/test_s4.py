@@ -78,26 +78,31 @@ def test_recurrence_over_several_chunks_is_the_convolution():
 
 
 @torch.no_grad()
-def test_packing_and_padding_over_several_chunks():
-    """Boundaries on, before and behind a chunk's edge, sequences longer than a chunk, a state at every place."""
+@pytest.mark.parametrize("lengths", [(CHUNK, 1, CHUNK - 2, 2 * CHUNK + 5, 3), (3 * CHUNK + 4, 2 * CHUNK)])
+def test_packing_over_several_chunks(lengths: tuple[int, ...]):
+    """Boundaries on, before and behind a chunk's edge, and within the second chunk of two that are joined."""
     mixer = perturbed()
-    lengths = (CHUNK, 1, CHUNK - 2, 2 * CHUNK + 5, 3)
-    seq_idx = torch.repeat_interleave(torch.tensor([3, 1, 3, 0, 7]), torch.tensor(lengths)).int().unsqueeze(0)
+    seq_idx = torch.repeat_interleave(torch.tensor([3, 1, 3, 0, 7][: len(lengths)]), torch.tensor(lengths))
     x = torch.randn(1, sum(lengths), 4, dtype=torch.float64)
     alone = [mixer(piece, return_state=True) for piece in x.split(lengths, dim=1)]
-    packed, state = mixer(x, seq_idx=seq_idx, return_state=True)
+    packed, state = mixer(x, seq_idx=seq_idx.int().unsqueeze(0), return_state=True)
     assert_close("packed", packed, torch.cat([y for y, _ in alone], dim=1), 1e-10)
     assert_close("state", state.ssm, alone[-1][1].ssm, 1e-10)
-    total, start = 2 * CHUNK, mixer(x[:, :9], return_state=True)[1]
-    rows = x[:, 9 : 9 + total].expand(total + 1, -1, -1)
+
+
+@torch.no_grad()
+def test_a_state_after_any_number_of_elements():
+    """Padding to one length ends each row at another place, on a chunk's edge and off it, continuing a state."""
+    mixer, total = perturbed(), 2 * CHUNK
+    x = torch.randn(1, total, 4, dtype=torch.float64)
+    _, state = mixer(torch.randn(1, 9, 4, dtype=torch.float64), return_state=True)
+    start = state.index_select(torch.zeros(total + 1, dtype=torch.int64))
     mask = torch.arange(total) < torch.arange(total + 1).unsqueeze(1)
-    _, ends = mixer(
-        rows, state=start.index_select(torch.zeros(total + 1, dtype=torch.int64)), mask=mask, return_state=True
-    )
+    _, ends = mixer(x.expand(total + 1, -1, -1), state=start, mask=mask, return_state=True)
     for length in range(total + 1):
-        assert_close(f"state after {length}", ends.ssm[length], start.ssm[0], 1e-10)
+        assert_close(f"state after {length}", ends.ssm[length], state.ssm[0], 1e-10)
         if length < total:
-            _, start = mixer.step(x[:, 9 + length], start)
+            _, state = mixer.step(x[:, length], state)
 
 
 @torch.no_grad()

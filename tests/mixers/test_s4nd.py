@@ -24,9 +24,10 @@ def plain(conv: S4NDConv, x: torch.Tensor) -> torch.Tensor:
     """K * x by torch's convolution: the kernel flipped, offsets from -(size-1) to size-1, zeros around."""
     sizes = x.shape[2:]
     K = torch.ones(1, *[1] * conv.dim, dtype=x.dtype)
-    for axis, (factor, size) in enumerate(zip(conv.kernels(sizes), sizes, strict=True)):
-        flipped = torch.cat((factor[:, :size].flip(1), factor[:, size + 1 :].flip(1)), dim=1)  # size-1 ... 1-size
-        K = K * flipped.view(len(factor), *[1] * axis, -1, *[1] * (conv.dim - 1 - axis))
+    for axis, (kernel, size, ahead) in enumerate(zip(conv.kernel, sizes, conv.bidirectional, strict=True)):
+        back, front = kernel(size).chunk(2) if ahead else (kernel(size), torch.zeros_like(kernel(size)))
+        flipped = torch.cat((back.flip(1), front[:, : size - 1]), dim=1)  # size-1 ... 0, -1 ... 1-size
+        K = K * flipped.view(len(back), *[1] * axis, -1, *[1] * (conv.dim - 1 - axis))
     convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[conv.dim]
     edge = tuple(size - 1 for size in sizes)
     if conv.out_channels is None:
@@ -169,7 +170,8 @@ def test_in_the_place_of_a_convolution(conv: nn.Module):
     [
         (nn.Conv2d(4, 8, 3, padding=1, groups=2), ValueError, ["groups=2"]),
         (nn.Conv2d(4, 8, 3), ValueError, ["padding=(0, 0)"]),
-        (nn.Conv2d(4, 4, 3, padding=2, dilation=2), ValueError, ["dilation=(2, 2)"]),
+        (nn.Conv2d(4, 8, 2, stride=2, padding=1), ValueError, ["padding=(1, 1)"]),
+        (nn.Conv2d(4, 4, 3, padding=1, dilation=2), ValueError, ["dilation=(2, 2)"]),
         (nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), ValueError, ["padding_mode='circular'"]),
         (nn.ConvTranspose2d(4, 4, 3), TypeError, ["ConvTranspose2d"]),
         (nn.Linear(4, 4), TypeError, ["Linear"]),
@@ -212,9 +214,11 @@ def test_a_last_line_that_is_not_full_is_filled_with_zeros():
     x = double(2, 16, 3)
     x[:, 14:] = 0
     assert_close("y", mixer(x[:, :14]), mixer(x)[:, :14], 1e-10)
-    mask = (torch.arange(16) < 14).expand(2, -1)
     x[:, 14:] = math.nan
+    mask = (torch.arange(16) < 14).expand(2, -1)
     assert_close("masked", mixer(x, mask=mask)[:, :14], mixer(x[:, :14]), 1e-10)
+    inside, _ = mixer.mix(x, lengths=mask.sum(1))  # as between the layers of a backbone
+    assert_close("padded", inside[:, :14], mixer(x[:, :14]), 1e-10)
 
 
 @torch.no_grad()
