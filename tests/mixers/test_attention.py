@@ -116,9 +116,10 @@ def test_the_cache_is_copied_seldom(options):
 
 
 @torch.no_grad()
-def test_an_older_state_still_ends_where_it_did():
+@pytest.mark.parametrize("d_conv", [0, 3])
+def test_an_older_state_still_ends_where_it_did(d_conv):
     """The state before a step shares memory with that after it: read on from there, it gives the same again."""
-    model, x = Attention(8, n_heads=2), torch.randn(1, 4, 8)
+    model, x = Attention(8, n_heads=2, d_conv=d_conv), torch.randn(1, 4, 8)
     _, state = model.step(x[:, 0], model.init_state(1))
     first, _ = model.step(x[:, 1], state)
     again, _ = model.step(x[:, 1], state)
