@@ -157,7 +157,7 @@ def _backward(
     dsummed = None if dsummed is None else _dense(dsummed)
     z = None if z is None else _dense(z)
     ds = torch.empty(rows, channels, dtype=s.dtype, device=s.device)
-    tile = tiling(group_size)
+    tile = tiling(group_size) if z is None else thinner(tiling(group_size))
     programs = min(triton.cdiv(PROGRAMS, groups), triton.cdiv(rows, tile.rows))
     dweight = torch.empty(programs, channels, dtype=torch.float32, device=s.device)
     dbias = None if bias is None else torch.empty_like(dweight)
@@ -205,6 +205,16 @@ class Tiling(NamedTuple):
     tiles: int
     channels: int
     warps: int
+
+
+def thinner(tile: Tiling) -> Tiling:
+    """The same rows in twice as many threads, where a row has two tiles: under a gate the backward holds three tensors
+    read and three to write, and with 24 channels a thread all 255 registers (0.229 ms beside 0.209 for 32,768 rows of
+    1,536 channels on an H200).
+    """
+    if tile.tiles < 2:
+        return tile
+    return Tiling(tile.rows, triton.cdiv(tile.tiles, 2), 2 * tile.channels, 2 * tile.warps)
 
 
 @lru_cache(maxsize=256)

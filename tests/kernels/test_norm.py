@@ -268,19 +268,21 @@ def test_triton_says_what_it_does_not_take(function: Any) -> None:
         function(torch.ones(1, 8193, device=DEVICE), torch.ones(8193, device=DEVICE), backend="triton")
 
 
+@pytest.mark.parametrize("channels", [6, 520])  # of two groups, each one tile or several
 @pytest.mark.parametrize("backend", ["chunked", "triton_launch"])
 @pytest.mark.parametrize("norm_before_gate", [False, True])
-def test_the_gated_backward_writes_where_it_is_told(backend: str, norm_before_gate: bool) -> None:
+def test_the_gated_backward_writes_where_it_is_told(backend: str, norm_before_gate: bool, channels: int) -> None:
     """dz into columns of a wider tensor and the forward's y once more, as an operator around the norm wants them."""
     module = importlib.import_module(f"mambakit.kernels.norm.{backend}")
-    x, z, dy = (random_tensor(5, 6, seed=i, device=DEVICE) for i in range(3))
-    weight = random_tensor(6, seed=3, device=DEVICE)
-    y, rstd = module.gated_rms_norm(x, z, weight, 1e-5, norm_before_gate, 3)
-    want = module.gated_rms_norm_backward(dy, x, z, weight, rstd, norm_before_gate, 3)
-    wide, again = torch.full((5, 9), 7.0, device=DEVICE), torch.full_like(y, torch.nan)
-    given = {"dz": wide[:, 2:8], "y": again}
-    got = module.gated_rms_norm_backward(dy, x, z, weight, rstd, norm_before_gate, 3, **given)
+    x, z, dy = (random_tensor(5, channels, seed=i, device=DEVICE) for i in range(3))
+    weight, options = random_tensor(channels, seed=3, device=DEVICE), (norm_before_gate, channels // 2)
+    y, rstd = module.gated_rms_norm(x, z, weight, 1e-5, *options)
+    wide, again = torch.full((5, channels + 3), 7.0, device=DEVICE), torch.full_like(y, torch.nan)
+    inside = wide[:, 2 : channels + 2]
+    got = module.gated_rms_norm_backward(dy, x, z, weight, rstd, *options, dz=inside, y=again)
+    plain = importlib.import_module("mambakit.kernels.norm.chunked")
+    want = plain.gated_rms_norm_backward(dy, x, z, weight, rstd, *options)
     for one, other in zip(got, want, strict=True):
-        assert torch.equal(one, other)
-    assert torch.equal(wide[:, 2:8], want[1]) and bool((wide[:, [0, 1, 8]] == 7.0).all())
+        assert_close("gradient", one, other)
+    assert torch.equal(inside, got[1]) and bool((wide[:, [0, 1, channels + 2]] == 7.0).all())
     assert_close("y", again, y)
