@@ -2,8 +2,8 @@
 
 A program has one row (a channel) and a tile of BI * BJ times, l = begin + BJ i + j. exp(x l) = exp(x (begin + BJ i))
 exp(x j): the tile is the product of a (BI, N) and an (N, BJ) matrix, BI + BJ exponentials a state in place of BI BJ.
-The products run on tensor cores in three parts of tf32 each, which keeps float32's precision. Arithmetic is float32,
-phases are integers; complex numbers lie in memory as pairs.
+The products run on tensor cores, three of tf32 for one, which keeps float32's precision. Arithmetic is float32, phases
+are integers; complex numbers lie in memory as pairs.
 """
 
 from __future__ import annotations
