@@ -110,6 +110,7 @@ def transformers_model(kind, **options):
         ("mamba", {}),
         ("mamba", {"tie_word_embeddings": False}),
         ("falcon_mamba", {}),
+        ("falcon_mamba", {"expand": 16, "intermediate_size": 32}),
         ("mamba2", {}),
         ("mamba2", {"tie_word_embeddings": True, "time_step_limit": (0.01, 2.0)}),
         ("jamba", {}),
@@ -265,6 +266,7 @@ JAMBA = {"model_type": "jamba", "hidden_size": 8, "num_hidden_layers": 2, "inter
         (HYBRID | {"attn_cfg": HYBRID["attn_cfg"] | {"out_proj_bias": True}}, "qkv_proj_bias and out_proj_bias"),
         (JAMBA | {"num_attention_heads": 2, "expert_layer_offset": 0}, "expert_layer_offset=0.*= 1"),
         (JAMBA | {"hidden_act": "gelu"}, "hidden_act='gelu'; only 'silu'"),
+        ({"model_type": "mamba", "hidden_size": 8, "intermediate_size": 12}, "intermediate_size=12.*hidden_size=8"),
         ({"model_type": "llama"}, "model_type='llama', expected.*jamba"),
     ],
 )

@@ -117,7 +117,15 @@ def _mha(options: Config) -> Callable[[int], SequenceMixer]:
 
 
 def _mamba(config: Config, **options: Any) -> LanguageModel:
-    mixer = partial(Mamba1, **_renamed(config, MAMBA_FIELDS), **options)
+    given = _renamed(config, MAMBA_FIELDS)
+    if "intermediate_size" in config:  # in transformers it overrules expand, as in Falcon-Mamba's own file
+        given["expand"], rest = divmod(config["intermediate_size"], config["hidden_size"])
+        if rest:
+            raise ValueError(
+                f"config: intermediate_size={config['intermediate_size']}, expected a multiple of hidden_size="
+                f"{config['hidden_size']}"
+            )
+    mixer = partial(Mamba1, **given, **options)
     backbone = Backbone(config["hidden_size"], config["num_hidden_layers"], mixer, norm_eps=_norm_eps(config))
     return LanguageModel(config["vocab_size"], backbone, config.get("tie_word_embeddings", True))
 
