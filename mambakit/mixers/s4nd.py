@@ -12,10 +12,11 @@ from typing import Any, Literal, TypeVar, cast, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mambakit.mixers.base import NonCausal
 from mambakit.mixers.s4 import S4Kernel
-from mambakit.mixers.s4d import S4DKernel, check_system
+from mambakit.mixers.s4d import S4DKernel, check_system, fast_length
 
 Systems = Literal["lin", "inv", "legs", "real", "dplr"]
 Value = TypeVar("Value")
@@ -32,7 +33,7 @@ class S4NDConv(nn.Module):
     grid the input counts as zero. Computed by FFT, at O(L log L) for L points.
 
     With ``out_channels`` it is dense: a K for each pair of channels, summed over those of the input, and no D. That
-    costs as many systems, and spectra of out_channels * channels * 2^dim * L numbers; otherwise it is depth-wise.
+    costs as many systems, and spectra of about out_channels * channels * 2^dim * L numbers; otherwise it is depth-wise.
 
     In place of an ``nn.Conv2d`` or ``nn.Conv3d`` of an existing model: ``S4NDConv.like(conv)``.
 
@@ -163,7 +164,7 @@ class S4NDConv(nn.Module):
         every: tuple[Any, ...] = (..., *(slice(None, None, step) for step in self.stride))
         with torch.autocast(x.device.type, enabled=False):  # FFTs are taken in float32 at least
             wide = x.to(torch.promote_types(cast(Tensor, self.kernel[0].log_dt).dtype, torch.float32))
-            y = self._convolve(wide)
+            y = fft_convolve_nd(wide, self.kernels(x.shape[2:]), self.out_channels)
             if self.D is not None:
                 y = y + self.D.view(-1, *[1] * self.dim) * wide
             y = y[every]
@@ -172,39 +173,48 @@ class S4NDConv(nn.Module):
         return y.to(x.dtype)
 
     def kernels(self, sizes: Sequence[int]) -> list[Tensor]:
-        """The factors of K on a grid of ``sizes``, (systems, 2 size) each, at offsets 0, ..., size-1, -size, ..., -1.
+        """The factors of K on a grid of ``sizes``, circular, (systems, n) each with n = fast_length(2 size - 1).
 
-        In that order an FFT of length 2 size convolves with them. Where an axis only looks back, the second half is 0.
+        In order offsets 0 ... size-1, zeros to fill up, offsets 1-size ... -1 (zeros where an axis only looks back):
+        an FFT of length n convolves with them.
         """
         rates = per_axis(type(self).__name__, "rate", self.rate, self.dim)
         found = []
         for kernel, size, rate, ahead in zip(self.kernel, sizes, rates, self.bidirectional, strict=True):
-            back = kernel(size, rate)
+            n, back = fast_length(2 * size - 1), kernel(size, rate)
             if ahead:
                 back, front = back.chunk(2)
-                found.append(torch.cat((back, front.flip(1)), dim=1))
+                front = front[:, : size - 1].flip(1)
+                found.append(F.pad(back, (0, n - size)) + F.pad(front, (n - size + 1, 0)))
             else:
-                found.append(F.pad(back, (0, size)))
+                found.append(F.pad(back, (0, n - size)))
         return found
 
-    def _convolve(self, x: Tensor) -> Tensor:
-        sizes = x.shape[2:]
-        padded, axes = [2 * size for size in sizes], range(-self.dim, 0)
-        spectrum = torch.fft.rfftn(x, s=padded, dim=tuple(axes))
-        factors = []
-        for axis, kernel in zip(axes, self.kernels(sizes), strict=True):
-            factor = torch.fft.rfft(kernel) if axis == -1 else torch.fft.fft(kernel)
-            factors.append(factor.view(len(factor), *[1] * (self.dim + axis), -1, *[1] * (-axis - 1)))
-        if self.out_channels is None:
-            for factor in factors:
-                spectrum = spectrum * factor
-        else:
-            product = math.prod(factors[1:], start=factors[0])
-            product = product.unflatten(0, (self.out_channels, self.channels))
-            spectrum = torch.einsum("oi...,bi...->bo...", product, spectrum)
-        y = torch.fft.irfftn(spectrum, s=padded, dim=tuple(axes))
-        inside: tuple[Any, ...] = (..., *(slice(size) for size in sizes))
-        return y[inside]
+
+def fft_convolve_nd(x: Tensor, kernels: Sequence[Tensor], out_channels: int | None = None) -> Tensor:
+    """K * x for K the outer product of ``kernels``, circular ones as of :meth:`S4NDConv.kernels`, one an axis of x.
+
+    x (B, D, *sizes) and kernels (D, n) give (B, D, *sizes); with ``out_channels``, E, kernels (E D, n) give
+    (B, E, *sizes). Of x, nothing but x itself is kept for the backward: its spectrum has 2^dim times as many numbers.
+    """
+    return checkpoint(_convolve, x, out_channels, *kernels, use_reentrant=False, preserve_rng_state=False)
+
+
+def _convolve(x: Tensor, out_channels: int | None, *kernels: Tensor) -> Tensor:
+    dim, padded = len(kernels), [kernel.shape[1] for kernel in kernels]
+    axes = tuple(range(-dim, 0))
+    spectrum = torch.fft.rfftn(x, s=padded, dim=axes)
+    factors = []
+    for axis, kernel in zip(axes, kernels, strict=True):
+        factor = torch.fft.rfft(kernel) if axis == -1 else torch.fft.fft(kernel)
+        factors.append(factor.view(len(factor), *[1] * (dim + axis), -1, *[1] * (-axis - 1)))
+    product = math.prod(factors[1:], start=factors[0])
+    if out_channels is None:
+        spectrum = spectrum * product
+    else:
+        spectrum = torch.einsum("oi...,bi...->bo...", product.unflatten(0, (out_channels, -1)), spectrum)
+    inside: tuple[Any, ...] = (..., *(slice(size) for size in x.shape[2:]))
+    return torch.fft.irfftn(spectrum, s=padded, dim=axes)[inside]
 
 
 class S4ND(NonCausal):

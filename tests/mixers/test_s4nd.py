@@ -127,6 +127,23 @@ def test_stride_keeps_every_so_manieth_point(stride):
     assert torch.equal(conv(x), whole[:, :, ::down, ::across])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 2, 7, 23])
+def test_sizes_whose_transforms_are_lengthened(size: int):
+    torch.manual_seed(0)
+    conv = S4NDConv(2, 1, 4).double()
+    x = double(1, 2, size)
+    assert_close("y", conv(x), plain(conv, x) + conv.D.unsqueeze(1) * x, 1e-9)
+
+
+def test_no_spectrum_of_the_input_is_kept():
+    conv, x = S4NDConv(2, 2, 2), torch.randn(50, 2, 8, 8)
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        conv(x)
+    assert sizes and max(sizes) <= x.numel()
+
+
 @pytest.mark.parametrize("systems", ["lin", "dplr"])
 @pytest.mark.parametrize("out_channels", [None, 2])
 def test_gradients(systems, out_channels):
