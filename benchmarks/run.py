@@ -6,9 +6,10 @@
 
 Parts: scan, conv, norm, loss, updates, s4 (operators, each checked against float64 in poisoned memory before it is
 timed); accuracy (the scan's errors by dtype and length, and beyond 2^31 elements); sweep (time against length: scan,
-attention, vectorised PyTorch); train and generate (whole models); million (1,048,576 tokens forward and backward
-through a 130M backbone). Peers that are installed (mamba_ssm, causal_conv1d, fla, mambapy) run beside ours, after their
-results have been compared with ours; on an H200 the recorded times of mamba_ssm and causal-conv1d are shown, too.
+attention, vectorised PyTorch); train and generate (whole models); vim (Vision Mamba); million (1,048,576 tokens forward
+and backward through a 130M backbone). Peers that are installed (mamba_ssm, causal_conv1d, fla, mambapy) run beside
+ours, after their results have been compared with ours; on an H200 the recorded times of mamba_ssm and causal-conv1d are
+shown, too.
 
 Inputs are drawn afresh each time; ``--seed`` repeats a run. A ratio is a peer's time over ours: above 1 we are faster.
 ``of floor`` is the time that no kernel on this GPU goes below (see each part's file) over ours. ``harness.py`` says how
@@ -34,11 +35,12 @@ import norm
 import scan
 import torch
 import updates
+import vision_block
 import whole
 from harness import BOTH, FORWARD, SHORT, Ceilings, describe_machine, measure, measure_ceilings
 
 OPERATORS = {"scan": scan, "conv": conv, "norm": norm, "loss": loss, "updates": updates, "s4": kernels_s4}
-PARTS = (*OPERATORS, "accuracy", "sweep", "train", "generate", "million")
+PARTS = (*OPERATORS, "accuracy", "sweep", "train", "generate", "vim", "million")
 RARE = ("million",)
 COLUMNS = (
     "ms: forward (graph), of floor; both (graph), of floor; MiB; relative RMS error out, worst gradient; first call"
@@ -48,6 +50,7 @@ HEADINGS = {part: f"{part}; {COLUMNS}" for part in OPERATORS} | {
     "sweep": f"sweep: {scan.SWEEP_TOKENS} tokens in all, one sequence where it is longer; forward / both, ms",
     "train": "train",
     "generate": "generate",
+    "vim": "vim",
     "million": "million",
 }
 
@@ -71,6 +74,9 @@ def jobs(part: str, shapes: list[str], device: str, ceilings: Ceilings) -> Itera
     elif part == "sweep":
         for length in scan.SWEEP_LENGTHS:
             yield Job("sweep", f"L {length}", partial(scan.sweep, length), sweep_line)
+    elif part == "vim":
+        for name, run in vision_block.WORKS.items():
+            yield Job("models", f"vim, {name} pixels", run, partial(vision_block.line, device=device))
     else:
         for name, run in whole.PARTS[part].items():
             yield Job("models", name, run, partial(whole.line, device=device))

@@ -93,7 +93,7 @@ def measure(
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
     }
     if profile:
-        result |= {"cpu_ms": 1e3 * median(launches), "kernels": _kernels(step)}
+        result |= {"cpu_ms": 1e3 * median(launches), "kernels": kernel_times(step)}
     return result
 
 
@@ -142,7 +142,7 @@ def _backbone_step(model: nn.Module, batch: int, length: int, d_model: int) -> C
     return step
 
 
-def _kernels(step: Callable[[], Any]) -> list[tuple[str, int, float]]:
+def kernel_times(step: Callable[[], Any]) -> list[tuple[str, int, float]]:
     """(name, calls, milliseconds) of every kernel of one step, the longest in all first."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:

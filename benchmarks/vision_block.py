@@ -6,11 +6,12 @@
 Vim-tiny (Zhu et al. 2024, arXiv 2401.09417) as it is trained: patches of 16 pixels by a convolution, a class token in
 the middle, positions, 24 layers of norm, VimMixer and addition of width 192, a linear head, cross-entropy, fused AdamW.
 First two layers of the same width are compared, loss and every gradient, with the definitions in float64. Then random
-weights, images and labels, one batch: times are medians of ``triton.testing.do_bench`` over whole steps. A step is timed
-as Python runs it, and as the replay of a CUDA graph of it, optimiser included, since Python takes longer to launch a
-layer of this width than a GPU to run it. ``stack`` is the 24 layers alone as Python runs them, forward, and forward and
-backward. Peak memory is PyTorch's largest allocation over a training step, optimiser state included. The recorded peers are Vim-tiny restated on mamba_ssm
-2.3.2.post1's CUDA scan and causal-conv1d 1.7, and timm's deit_tiny with flash attention, on one H200.
+weights, images and labels, one batch: times are medians of ``triton.testing.do_bench`` over whole steps. A step is
+timed as Python runs it, and as the replay of a CUDA graph of it, optimiser included, since Python takes longer to
+launch a layer of this width than a GPU to run it. ``stack`` is the 24 layers alone as Python runs them, forward, and
+forward and backward. Peak memory is PyTorch's largest allocation over a training step, optimiser state included. The
+recorded peers are Vim-tiny restated on mamba_ssm 2.3.2.post1's CUDA scan and causal-conv1d 1.7, and timm's deit_tiny
+with flash attention, on one H200.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ import argparse
 import copy
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 import torch.nn.functional as F
 import triton
 from harness import milliseconds
 from torch import Tensor, nn
-from train_step import _kernels as kernel_times
+from train_step import kernel_times
 
 from mambakit.backbone import Backbone
 from mambakit.kernels import use_backend
@@ -64,10 +67,11 @@ class VimTiny(nn.Module):
 def check() -> None:
     """Loss and every gradient of two layers under autocast, beside the definitions in float64."""
     torch.manual_seed(1)
-    model = VimTiny(96, 2).cuda()
+    model = VimTiny(64, 2).to(harness.DEVICE)
     exact = copy.deepcopy(model).double()
-    images, labels = torch.randn(2, 3, 96, 96, device="cuda"), torch.randint(CLASSES, (2,), device="cuda")
-    with torch.autocast("cuda", dtype=torch.bfloat16):
+    images = torch.randn(2, 3, 64, 64, device=harness.DEVICE)
+    labels = torch.randint(CLASSES, (2,), device=harness.DEVICE)
+    with torch.autocast(harness.DEVICE, dtype=torch.bfloat16):
         loss = F.cross_entropy(model(images), labels)
     loss.backward()
     with use_backend("reference"):
@@ -172,7 +176,7 @@ def line(row: dict[str, Any], device: str) -> str:
     return text
 
 
-WORKS: dict[str, Callable[[], dict[str, Any]]] = {str(pixels): (lambda p=pixels: measure(p)) for pixels in SIZES}
+WORKS: dict[str, Callable[[], dict[str, Any]]] = {str(pixels): partial(measure, pixels) for pixels in SIZES}
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ MODULES = (
     "loss",
     "updates",
     "kernels_s4",
+    "vision_block",
     "chart",
     "table",
     "whole",
@@ -307,3 +308,19 @@ def test_an_unknown_shape_is_named(bench, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         bench.run.parse()
     assert "--shapes ln: unknown; expected some of" in capsys.readouterr().err
+
+
+def test_the_vision_check_passes_and_stops_at_a_wrong_number(bench, monkeypatch):
+    """Ours as it is, then with every gradient of the block 5 % off."""
+    bench.vision_block.check()
+    from mambakit.mixers import vim
+
+    right = vim.bimamba_inner
+
+    def wrong(xz, *rest, **options):
+        y = right(xz, *rest, **options)
+        return y if xz.dtype == torch.float64 else y.detach() + 1.05 * (y - y.detach())
+
+    monkeypatch.setattr(vim, "bimamba_inner", wrong)
+    with pytest.raises(AssertionError, match="relative RMS error"):
+        bench.vision_block.check()

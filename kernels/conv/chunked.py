@@ -120,11 +120,10 @@ def forward(
     seq_idx: Tensor | None,
     silu: bool,
     reverse: bool,
-    out: Tensor | None = None,
 ) -> Tensor:
-    """y (B, L, D) in x's dtype; written into ``out`` where given, channels side by side and rows anywhere."""
+    """y (B, L, D) in x's dtype."""
     whole = _Convolution(x, weight, initial_state, seq_idx, reverse)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for block in whole.blocks():
         pre = block.convolve(bias)
         out[block.outputs] = F.silu(pre, inplace=True) if silu else pre
@@ -179,3 +178,22 @@ def backward(
         None if bias is None else dbias.to(bias.dtype),
         dinitial_state,
     )
+
+
+def forward_both(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, silu: bool) -> Tensor:
+    """One x by two filters, weight (2, D, W) and bias (2, D): forwards, and from the end, side by side (B, L, 2D)."""
+    biases = (None, None) if bias is None else bias
+    return torch.cat([forward(x, weight[i], biases[i], None, seq_idx, silu, bool(i)) for i in range(2)], dim=-1)
+
+
+def backward_both(
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, silu: bool, dx: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of weight and bias of ``forward_both``; that of x is written into ``dx``, as by ``backward``."""
+    sides = [
+        backward(half, x, weight[i], None if bias is None else bias[i], None, seq_idx, silu, bool(i))
+        for i, half in enumerate(dout.chunk(2, -1))
+    ]
+    torch.add(sides[0][0], sides[1][0], out=dx)
+    dbiases = [dbias for _, _, dbias, _ in sides if dbias is not None]
+    return torch.stack([dweight for _, dweight, _, _ in sides]), torch.stack(dbiases) if dbiases else None

@@ -35,40 +35,17 @@ from mambakit.kernels.conv.triton_kernels import (
 )
 
 
-@triton.jit(do_not_specialize=["L", "chunks", "total", "steps"])
-def conv_backward(
-    dout,
-    x,
-    weight,
-    bias,
-    state,
-    seq_idx,
-    dx,
-    partials,
-    dstate,
-    L,
-    D,
-    dout_batch,
-    dout_row,
-    x_batch,
-    x_row,
-    dx_batch,
-    dx_row,
-    chunks,
-    total,
-    steps,
-    SILU: tl.constexpr,
-    REVERSE: tl.constexpr,
-    W: tl.constexpr,
-    U: tl.constexpr,
-    BR: tl.constexpr,
-    BD: tl.constexpr,
-):
-    """dx (B, L, D), dstate (B, D, W-1), and for every tile of chunks its share of dweight (D, W) and dbias (D,), one
-    behind the other. Grid (tiles of D * tiles of chunks). bias, state with dstate, and seq_idx may be None;
+@triton.jit
+def walk_backward(
+    program, dout, x, weight, bias, state, seq_idx, dx, partials, dstate, L, D, dout_batch, dout_row, x_batch, x_row,
+    dx_batch, dx_row, chunks, total, steps,
+    SILU: tl.constexpr, REVERSE: tl.constexpr, W: tl.constexpr, U: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """dx (B, L, D), dstate (B, D, W-1), and of this tile of chunks its share of dweight (D, W) and dbias (D,), one
+    behind the other. bias, state with dstate, and seq_idx may be None;
     steps + W - 1 is a multiple of U.
     """
-    d, in_d, b, start, end = place(chunks, total, steps, L, D, W, BR, BD)
+    d, in_d, b, start, end = place(program, chunks, total, steps, L, D, W, BR, BD)
     x += b * x_batch + d
     first = tl.where(start == 0, 1 - W, start)  # the first u whose sums are this chunk's
     inputs = ()  # x_u .. x_{e-1}
@@ -151,17 +128,86 @@ def conv_backward(
         x_rows, dout_rows = next_x_rows, next_dout_rows
 
     columns = D * W if bias is None else D * W + D
-    partials += (tl.program_id(0) // tl.cdiv(D, BD)).to(tl.int64) * columns
+    partials += (program // tl.cdiv(D, BD)).to(tl.int64) * columns
     for s in tl.static_range(W):
         tl.store(partials + d * W + (W - 1 - s), tl.sum(dtaps[s], axis=0, keep_dims=True), mask=in_d)
     if bias is not None:
         tl.store(partials + D * W + d, tl.sum(dshift, axis=0, keep_dims=True), mask=in_d)
 
 
+@triton.jit(do_not_specialize=["L", "chunks", "total", "steps"])
+def conv_backward(
+    dout,
+    x,
+    weight,
+    bias,
+    state,
+    seq_idx,
+    dx,
+    partials,
+    dstate,
+    L,
+    D,
+    dout_batch,
+    dout_row,
+    x_batch,
+    x_row,
+    dx_batch,
+    dx_row,
+    chunks,
+    total,
+    steps,
+    SILU: tl.constexpr,
+    REVERSE: tl.constexpr,
+    W: tl.constexpr,
+    U: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Every tile's. Grid (tiles of D * tiles of chunks,)."""
+    walk_backward(
+        tl.program_id(0), dout, x, weight, bias, state, seq_idx, dx, partials, dstate, L, D, dout_batch, dout_row,
+        x_batch, x_row, dx_batch, dx_row, chunks, total, steps, SILU, REVERSE, W, U, BR, BD,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["L", "chunks", "total", "steps", "tiles"])
+def conv_backward_both(
+    dout, x, weight, bias, seq_idx, dx, dx_back, partials, L, D, dout_batch, dout_row, x_batch, x_row, dx_batch, dx_row,
+    back_batch, back_row, chunks, total, steps, tiles,
+    SILU: tl.constexpr, W: tl.constexpr, U: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """The gradient of ``conv_forward_both``: dout (B, L, 2D), x's gradient by either direction apart, and partials one
+    direction behind the other, of ``tiles`` tiles of chunks each. Programs as there.
+    """
+    program = tl.program_id(0) // 2
+    if tl.program_id(0) % 2 == 0:
+        walk_backward(
+            program, dout, x, weight, bias, None, seq_idx, dx, partials, None, L, D, dout_batch, dout_row, x_batch,
+            x_row, dx_batch, dx_row, chunks, total, steps, SILU, False, W, U, BR, BD,
+        )  # fmt: skip
+    else:
+        columns = D * W if bias is None else D * W + D
+        if bias is not None:
+            bias += D
+        walk_backward(
+            program, dout + D, x, weight + D * W, bias, None, seq_idx, dx_back, partials + tiles.to(tl.int64) * columns,
+            None, L, D, dout_batch, dout_row, x_batch, x_row, back_batch, back_row, chunks, total, steps, SILU, True, W,
+            U, BR, BD,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["count"])
 def sum_partials(partials, dweight, dbias, count, D, W: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
-    """dweight and dbias (or None), each the sum of ``count`` partial ones in a fixed order. Grid (tiles of columns)."""
+    """dweight and dbias (or None), each the sum of ``count`` partial ones in a fixed order.
+
+    Grid (tiles of columns, convolutions): partials, sums and biases of several convolutions lie one behind the other.
+    """
     columns = D * W if dbias is None else D * W + D
+    partials += tl.program_id(1).to(tl.int64) * count * columns
+    dweight += tl.program_id(1) * D * W
+    if dbias is not None:
+        dbias += tl.program_id(1) * D
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     total = tl.zeros([BP, BC], tl.float32)
     for first in range(0, count, BP):
@@ -192,5 +238,12 @@ def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], in
     absent = dict.fromkeys(("bias", "state", "dstate", "seq_idx"))
     yield example(conv_backward, pointers | numbers, constants, 4)
     yield example(conv_backward, pointers | numbers, constants | absent, 4)
+    either = {key: value for key, value in constants.items() if key != "REVERSE"}
+    for name in ("state", "dstate"):
+        pointers.pop(name)
+    pointers |= {"dx_back": "*bf16"}
+    numbers |= {"back_batch": "i64", "back_row": "i64", "tiles": "i32"}
+    yield example(conv_backward_both, pointers | numbers, either, 4)
+    yield example(conv_backward_both, pointers | numbers, either | {"bias": None, "seq_idx": None}, 4)
     sums = {"partials": "*fp32", "dweight": "*bf16", "dbias": "*fp32", "count": "i32", "D": "i32"}
     yield example(sum_partials, sums, {"W": 4, "BP": 64, "BC": 32}, 4)

@@ -28,13 +28,13 @@ def sigmoid(x):
 
 
 @triton.jit
-def place(chunks, total, steps, L, D, W: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
-    """This program's tile: channels d (1, BD) and which exist; of each chunk the row of the batch (BR, 1), the first
+def place(program, chunks, total, steps, L, D, W: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
+    """The tile of a program: channels d (1, BD) and which exist; of each chunk the row of the batch (BR, 1), the first
     step and the end. A chunk past the last lies behind the end of time, where every access is masked.
     """
     d_tiles = tl.cdiv(D, BD)
-    d = ((tl.program_id(0) % d_tiles) * BD + tl.arange(0, BD))[None, :]
-    chunk = ((tl.program_id(0) // d_tiles) * BR + tl.arange(0, BR))[:, None]
+    d = ((program % d_tiles) * BD + tl.arange(0, BD))[None, :]
+    chunk = ((program // d_tiles) * BR + tl.arange(0, BR))[:, None]
     start = tl.where(chunk < total, chunk % chunks * steps, L + W)
     b = (tl.minimum(chunk, total - 1) // chunks).to(tl.int64)
     return d, d < D, b, start, tl.minimum(start + steps, L)
@@ -90,32 +90,13 @@ def filter_taps(weight, bias, d, in_d, W: tl.constexpr):
     return taps, shift
 
 
-@triton.jit(do_not_specialize=["L", "chunks", "total", "steps"])
-def conv_forward(
-    x,
-    weight,
-    bias,
-    state,
-    seq_idx,
-    out,
-    L,
-    D,
-    x_batch,
-    x_row,
-    out_batch,
-    out_row,
-    chunks,
-    total,
-    steps,
-    SILU: tl.constexpr,
-    REVERSE: tl.constexpr,
-    W: tl.constexpr,
-    U: tl.constexpr,
-    BR: tl.constexpr,
-    BD: tl.constexpr,
-):
-    """y. Grid (tiles of D * tiles of chunks). bias, state and seq_idx may be None; steps is a multiple of U."""
-    d, in_d, b, start, end = place(chunks, total, steps, L, D, W, BR, BD)
+@triton.jit
+def walk_forward(
+    program, x, weight, bias, state, seq_idx, out, L, D, x_batch, x_row, out_batch, out_row, chunks, total, steps,
+    SILU: tl.constexpr, REVERSE: tl.constexpr, W: tl.constexpr, U: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """y of one tile. bias, state and seq_idx may be None; steps is a multiple of U."""
+    d, in_d, b, start, end = place(program, chunks, total, steps, L, D, W, BR, BD)
     x += b * x_batch + d
     if seq_idx is not None:
         sequence = sequence_at(seq_idx, b, start - 1, L, REVERSE)
@@ -160,6 +141,61 @@ def conv_forward(
         x += U * x_hop
         out += U * out_hop
         rows = following
+
+
+@triton.jit(do_not_specialize=["L", "chunks", "total", "steps"])
+def conv_forward(
+    x,
+    weight,
+    bias,
+    state,
+    seq_idx,
+    out,
+    L,
+    D,
+    x_batch,
+    x_row,
+    out_batch,
+    out_row,
+    chunks,
+    total,
+    steps,
+    SILU: tl.constexpr,
+    REVERSE: tl.constexpr,
+    W: tl.constexpr,
+    U: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """y. Grid (tiles of D * tiles of chunks,)."""
+    walk_forward(
+        tl.program_id(0), x, weight, bias, state, seq_idx, out, L, D, x_batch, x_row, out_batch, out_row, chunks, total,
+        steps, SILU, REVERSE, W, U, BR, BD,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["L", "chunks", "total", "steps"])
+def conv_forward_both(
+    x, weight, bias, seq_idx, out, L, D, x_batch, x_row, out_batch, out_row, chunks, total, steps,
+    SILU: tl.constexpr, W: tl.constexpr, U: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """y of one x by two filters, forwards and from the end: weight (2, D, W), bias (2, D) or None, out (B, L, 2D).
+
+    Grid (2 * tiles of D * tiles of chunks,): programs of one row and either direction are neighbours, and read x once.
+    """
+    program = tl.program_id(0) // 2
+    if tl.program_id(0) % 2 == 0:
+        walk_forward(
+            program, x, weight, bias, None, seq_idx, out, L, D, x_batch, x_row, out_batch, out_row, chunks, total,
+            steps, SILU, False, W, U, BR, BD,
+        )  # fmt: skip
+    else:
+        if bias is not None:
+            bias += D
+        walk_forward(
+            program, x, weight + D * W, bias, None, seq_idx, out + D, L, D, x_batch, x_row, out_batch, out_row, chunks,
+            total, steps, SILU, True, W, U, BR, BD,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -247,7 +283,12 @@ def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], in
     }
     constants = {"SILU": True, "REVERSE": False, "W": 4, "U": 8, "BR": 4, "BD": 256}
     yield example(conv_forward, pointers | numbers, constants, 4)
-    yield example(conv_forward, pointers | numbers, constants | {"bias": None, "state": None, "seq_idx": None}, 4)
+    absent = dict.fromkeys(("bias", "state", "seq_idx"))
+    yield example(conv_forward, pointers | numbers, constants | absent, 4)
+    either = {key: value for key, value in constants.items() if key != "REVERSE"}
+    pointers.pop("state")
+    yield example(conv_forward_both, pointers | numbers, either, 4)
+    yield example(conv_forward_both, pointers | numbers, either | {"bias": None, "seq_idx": None}, 4)
     yield example(
         conv_update,
         {"x": "*bf16", "state": "*fp32", "weight": "*fp32", "bias": "*fp32", "seen": "*i32", "lines": "*i32"}

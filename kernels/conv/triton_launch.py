@@ -9,8 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from mambakit.kernels.conv.triton_backward import conv_backward, sum_partials
-from mambakit.kernels.conv.triton_kernels import conv_forward, conv_update
+from mambakit.kernels.conv.triton_backward import conv_backward, conv_backward_both, sum_partials
+from mambakit.kernels.conv.triton_kernels import conv_forward, conv_forward_both, conv_update
 from mambakit.kernels.launch import launch
 
 WARPS = 4
@@ -62,13 +62,11 @@ def forward(
     seq_idx: Tensor | None,
     silu: bool,
     reverse: bool,
-    out: Tensor | None = None,
 ) -> Tensor:
     """As :func:`mambakit.kernels.conv.chunked.forward`."""
     batch, length, channels = x.shape
     x = _channels_last(x)
-    if out is None:
-        out = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
+    out = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
     cut = tiling(batch, length, channels, 16 // x.itemsize, 4, 64, 8, 0)
     launch(
         conv_forward,
@@ -160,6 +158,46 @@ def backward(
     grid = (triton.cdiv(columns, 32),)
     launch(sum_partials, grid, partials, dweight, dbias, cut.tiles, channels, W=width, BP=64, BC=32, num_warps=WARPS)
     return dx, dweight, dbias, dstate
+
+
+def forward_both(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, silu: bool) -> Tensor:
+    """As :func:`mambakit.kernels.conv.chunked.forward_both`, of contiguous weight and bias."""
+    batch, length, channels = x.shape
+    x = _channels_last(x)
+    out = torch.empty((batch, length, 2 * channels), dtype=x.dtype, device=x.device)
+    cut = tiling(batch, length, channels, 16 // x.itemsize, 4, 64, 8, 0)
+    launch(
+        conv_forward_both, (2 * cut.programs,),
+        x, weight, bias, seq_idx if seq_idx is None else seq_idx.contiguous(), out,
+        length, channels, *x.stride()[:2], *out.stride()[:2], cut.chunks, cut.total, cut.steps,
+        SILU=silu, W=weight.shape[2], U=cut.unroll, BR=cut.rows, BD=cut.channels, num_warps=WARPS,
+    )  # fmt: skip
+    return out
+
+
+def backward_both(
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, silu: bool, dx: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """As :func:`mambakit.kernels.conv.chunked.backward_both`, of contiguous weight and bias."""
+    batch, length, channels = x.shape
+    width = weight.shape[2]
+    x, dout = _channels_last(x), _channels_last(dout)
+    back = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
+    cut = tiling(batch, length, channels, 4, 4, 64, 32, width - 1)
+    columns = channels * width if bias is None else channels * (width + 1)
+    partials = torch.empty((2, cut.tiles, columns), dtype=torch.float32, device=x.device)
+    dweight, dbias = torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
+    launch(
+        conv_backward_both, (2 * cut.programs,),
+        dout, x, weight, bias, seq_idx if seq_idx is None else seq_idx.contiguous(), dx, back, partials,
+        length, channels, *dout.stride()[:2], *x.stride()[:2], *dx.stride()[:2], *back.stride()[:2],
+        cut.chunks, cut.total, cut.steps, cut.tiles,
+        SILU=silu, W=width, U=cut.unroll, BR=cut.rows, BD=cut.channels, num_warps=WARPS,
+    )  # fmt: skip
+    grid = (triton.cdiv(columns, 32), 2)
+    launch(sum_partials, grid, partials, dweight, dbias, cut.tiles, channels, W=width, BP=64, BC=32, num_warps=WARPS)
+    dx += back
+    return dweight, dbias
 
 
 def update(

@@ -60,7 +60,10 @@ class Saved(NamedTuple):
 
 def layout(given: Arguments) -> Layout:
     one = given.forwards
-    return Layout(*one.A_log.shape, one.conv_weight.shape[2], one.dt_proj_weight.shape[1], len(given.out_proj_weight))
+    channels, d_state = one.A_log.shape
+    return Layout(
+        channels, d_state, one.conv_weight.shape[2], one.dt_proj_weight.shape[1], given.out_proj_weight.shape[0]
+    )
 
 
 def forward(given: Arguments, scale: float, backend: str) -> tuple[Tensor, Saved]:
@@ -70,13 +73,14 @@ def forward(given: Arguments, scale: float, backend: str) -> tuple[Tensor, Saved
     cut = layout(given)
     matrices, vectors = packing.pack(cut, given.xz.dtype, given.forwards, given.backwards, given.out_proj_weight)
     weights = cut.split(matrices, vectors, given.forwards.conv_bias is not None)
-    u = _convolve(conv, given, weights)
+    x, z = given.xz.chunk(2, dim=-1)
+    u = conv.forward_both(x, weights.conv_weight, weights.conv_bias, given.seq_idx, True)
     x_dbl = _tokens(u) @ weights.x_proj.t()
     delta, B, C = _select(given, cut, x_dbl, weights)
     y, _, checkpoints = scan.scan_forward(
         u, delta, weights.A, B, C, weights.D, None, weights.dt_bias, None, given.seq_idx, True, HALF
     )
-    total, gated = gate.forward(y, given.xz.chunk(2, dim=-1)[1], scale)
+    total, gated = gate.forward(y, z, scale)
     if given.out_proj_bias is None:
         out = _tokens(gated) @ weights.out_proj.t()
     else:
@@ -111,7 +115,7 @@ def backward(dout: Tensor, given: Arguments, saved: Saved, scale: float, backend
     gated, dy = _own(backend)[0].backward(dgated, saved.total, z, scale, dz)
     dout_proj_weight = weight_gradient(dout, _tokens(gated), given.out_proj_weight)
     del dgated, gated
-    u = _convolve(conv, given, weights)
+    u = conv.forward_both(x, weights.conv_weight, weights.conv_bias, given.seq_idx, True)
     delta, B, C = _select(given, cut, x_dbl, weights)
     du, ddelta, dA, dB, dC, dD, _, ddt_bias, _ = scan.scan_backward(
         dy, None, u, delta, weights.A, B, C, weights.D, None, weights.dt_bias, None, given.seq_idx, saved.checkpoints,
@@ -127,18 +131,13 @@ def backward(dout: Tensor, given: Arguments, saved: Saved, scale: float, backend
     dx_proj = weight_gradient(dx_dbl, _tokens(u), given.forwards.x_proj_weight)
     _tokens(du).addmm_(dx_dbl, weights.x_proj)
     del u
-    sides = [
-        conv.backward(
-            half, x, weights.conv_weight[i], None if weights.conv_bias is None else weights.conv_bias[i], None,
-            given.seq_idx, True, bool(i), dx=into,
-        )
-        for i, (half, into) in enumerate(zip(du.chunk(2, dim=-1), (dx, torch.empty_like(dx)), strict=True))
-    ]  # fmt: skip
-    dx += sides[1][0]
+    dconv_weight, dconv_bias = conv.backward_both(
+        du, x, weights.conv_weight, weights.conv_bias, given.seq_idx, True, dx
+    )
     return Gradients(
         xz=dxz,
-        conv_weight=torch.stack((sides[0][1], sides[1][1])),
-        conv_bias=None if weights.conv_bias is None else torch.stack((sides[0][2], sides[1][2])),
+        conv_weight=dconv_weight,
+        conv_bias=dconv_bias,
         x_proj=dx_proj,
         dt_proj=ddt_proj,
         dt_bias=ddt_bias,
@@ -164,7 +163,8 @@ def spread(given: Arguments, gradients: Gradients) -> tuple[Tensor | None, ...]:
             A_log=gradients.A_log[channels],
             D=gradients.D[channels],
         )
-        sides.append([None if own is None else found.to(own.dtype) for own, found in zip(one, side, strict=True)])
+        pairs = zip(one, side, strict=True)
+        sides.append([None if own is None or found is None else found.to(own.dtype) for own, found in pairs])
     return (gradients.xz, *sides[0], *sides[1], gradients.out_proj_weight, gradients.out_proj_bias)
 
 
@@ -182,16 +182,6 @@ def _own(backend: str) -> tuple[ModuleType, ModuleType]:
 def _tokens(tensor: Tensor) -> Tensor:
     """(B, L, K) as (T, K)."""
     return tensor.view(-1, tensor.shape[-1])
-
-
-def _convolve(conv: ModuleType, given: Arguments, weights: Weights) -> Tensor:
-    """u (B, L, 2D): x convolved in either direction, side by side."""
-    u = torch.empty_like(given.xz)
-    x = given.xz.chunk(2, dim=-1)[0]
-    for i, half in enumerate(u.chunk(2, dim=-1)):
-        bias = None if weights.conv_bias is None else weights.conv_bias[i]
-        conv.forward(x, weights.conv_weight[i], bias, None, given.seq_idx, True, bool(i), out=half)
-    return u
 
 
 def _select(given: Arguments, cut: Layout, x_dbl: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:

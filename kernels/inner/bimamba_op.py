@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -135,11 +135,16 @@ def _check(given: Arguments) -> None:
         for i, tensor in enumerate(one):
             if tensor is None and i == 1:
                 continue
-            if not isinstance(tensor, Tensor) or tensor.shape != expected[i]:
-                check_shape(NAME, f"{side}.{one._fields[i]}", tensor, **list(shapes.values())[i])
-            if tensor.dtype not in FLOATS or tensor.device != device:
-                check_dtype(NAME, f"{side}.{one._fields[i]}", tensor, *FLOATS)
-                check_device(NAME, f"{side}.{one._fields[i]}", tensor, xz, "xz")
+            if (
+                not isinstance(tensor, Tensor)
+                or tensor.shape != expected[i]
+                or tensor.dtype not in FLOATS
+                or tensor.device != device
+            ):  # which of these it is, said by name
+                name, wrong = f"{side}.{one._fields[i]}", cast(Tensor, tensor)
+                check_shape(NAME, name, wrong, **list(shapes.values())[i])
+                check_dtype(NAME, name, wrong, *FLOATS)
+                check_device(NAME, name, wrong, xz, "xz")
     if given.out_proj_bias is not None:
         check_shape(NAME, "out_proj_bias", given.out_proj_bias, d_model=given.out_proj_weight.shape[0])
     if given.lengths is not None:
@@ -290,8 +295,11 @@ def _gradients(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, 
         return (None,) * (len(tensors) + 2)
     found = Gradients(*call(_inner_backward, dout, *saved, *tensors, ctx.scale, ctx.backend))
     given = Arguments.of(tensors)
-    absent = {name: None for name, own in (("conv_bias", tensors[2]), ("out_proj_bias", tensors[16])) if own is None}
-    return *spread(given, found._replace(**absent)), None, None, None, None
+    if given.forwards.conv_bias is None:
+        found = found._replace(conv_bias=None)
+    if given.out_proj_bias is None:
+        found = found._replace(out_proj_bias=None)
+    return *spread(given, found), None, None, None, None
 
 
 _inner = register(NAME, _forward, _fake_forward, _setup_context, _gradients)

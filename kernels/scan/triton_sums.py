@@ -11,8 +11,10 @@ from torch import Tensor
 
 from mambakit.kernels.launch import launch
 
-ROWS = 16  # partial sums of a number in flight together
-WIDTH = 128  # numbers a program adds up
+# Partial sums of a number in flight together, and numbers a program adds up: of B and C, whose numbers are many and
+# whose parts (a tile of channels each) are few, and of A, D and the bias, whose parts (a batch row each) may be many.
+ROWS, WIDTH = 8, 512
+TALL, NARROW = 32, 128
 
 
 @triton.jit
@@ -27,26 +29,33 @@ def add_rows(
     inside = e < count
     block = (e // N).to(tl.int64)
     source = partial + block * from_l + e % N
-    total = tl.zeros([WIDTH], tl.float32)
+    total = tl.zeros([ROWS, WIDTH], tl.float32)
     for first in tl.range(0, rows, ROWS):
         row = first + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & inside[None, :]
         parts = tl.load(source[None, :] + row.to(tl.int64)[:, None] * apart, mask=mask, other=0.0)
-        total += tl.sum(parts.to(tl.float32), axis=0)
-    tl.store(out + block * to_l + e % N, total.to(out.dtype.element_ty), mask=inside)
+        total += parts.to(tl.float32)
+    tl.store(out + block * to_l + e % N, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_rows_of(partial, out, start, count, rows, N: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """``add_rows`` of rows of ``count`` elements without gaps; nothing where ``out`` is None."""
+    if out is not None:
+        add_rows(partial, out, start, count, rows, count, N, N, N, ROWS, WIDTH)
 
 
 @triton.jit(do_not_specialize=["positions", "B_groups", "B_tiles", "C_groups", "C_tiles", "rows"])
 def add_partials_kernel(
     dBC, dA_partial, dD_partial, dbias_partial, dB, dC, dA, dD, dbias,
     positions, channels, B_groups, B_tiles, C_groups, C_tiles, rows,
-    N: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    N: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, TALL: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
-    """Grid ((B_groups + C_groups) * programs a group + programs of dA + programs of dD and dbias,)."""
+    """Grid ((B_groups + C_groups) * programs a group + programs of dA + programs of dD + as many of dbias,)."""
     program = tl.program_id(0)
     vectors = positions * N
     pieces = tl.cdiv(vectors, WIDTH)
-    A_pieces = tl.cdiv(channels * N, WIDTH)
+    A_pieces, D_pieces = tl.cdiv(channels * N, NARROW), tl.cdiv(channels, NARROW)
     apart = vectors.to(tl.int64) * 2
     if program < pieces * B_groups:
         group = program // pieces
@@ -59,14 +68,15 @@ def add_partials_kernel(
         first = dBC + group.to(tl.int64) * C_tiles * apart + N
         add_rows(first, dC + group * N, start, vectors, C_tiles, apart, 2 * N, C_groups * N, N, ROWS, WIDTH)
     elif program < pieces * (B_groups + C_groups) + A_pieces:
-        start = (program - pieces * (B_groups + C_groups)) * WIDTH
-        add_rows(dA_partial, dA, start, channels * N, rows, channels * N, N, N, N, ROWS, WIDTH)
+        start = (program - pieces * (B_groups + C_groups)) * NARROW
+        add_rows_of(dA_partial, dA, start, channels * N, rows, N, TALL, NARROW)
     else:
-        start = (program - pieces * (B_groups + C_groups) - A_pieces) * WIDTH
-        if dD is not None:
-            add_rows(dD_partial, dD, start, channels, rows, channels, N, N, N, ROWS, WIDTH)
-        if dbias is not None:
-            add_rows(dbias_partial, dbias, start, channels, rows, channels, N, N, N, ROWS, WIDTH)
+        piece = program - pieces * (B_groups + C_groups) - A_pieces
+        start = piece % D_pieces * NARROW
+        if piece < D_pieces:
+            add_rows_of(dD_partial, dD, start, channels, rows, N, TALL, NARROW)
+        else:
+            add_rows_of(dbias_partial, dbias, start, channels, rows, N, TALL, NARROW)
 
 
 def add_partials(
@@ -92,18 +102,20 @@ def add_partials(
     rows, channels, _ = dA_partial.shape
     B_groups, C_groups = (t.shape[2] if t.dim() == 4 else 1 for t in (dB, dC))
     pieces = -(-batch * length * d_state // WIDTH)
-    programs = (B_groups + C_groups) * pieces - (-channels * d_state // WIDTH) - (-channels // WIDTH)
+    programs = (B_groups + C_groups) * pieces - (-channels * d_state // NARROW) - 2 * (-channels // NARROW)
     launch(
         add_partials_kernel, (programs,), dBC, dA_partial, dD_partial, dbias_partial, dB, dC, dA, dD, dbias,
         batch * length, channels, B_groups, tiles // B_groups, C_groups, tiles // C_groups, rows,
-        N=d_state, ROWS=ROWS, WIDTH=WIDTH, num_warps=4,
+        N=d_state, ROWS=ROWS, WIDTH=WIDTH, TALL=TALL, NARROW=NARROW, num_warps=4,
     )  # fmt: skip
 
 
 def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]]:
     """As ``mambakit.kernels.scan.triton_kernels.compile_examples``."""
     for dtype, absent in (("bf16", ()), ("fp32", ("dD_partial", "dbias_partial", "dD", "dbias"))):
-        constants: dict[str, Any] = {"N": 16, "ROWS": ROWS, "WIDTH": WIDTH} | dict.fromkeys(absent)
+        constants: dict[str, Any] = (
+            {"N": 16, "ROWS": ROWS, "WIDTH": WIDTH, "TALL": TALL} | {"NARROW": NARROW} | dict.fromkeys(absent)
+        )
         pointers = dict.fromkeys(add_partials_kernel.arg_names[:9], "*fp32") | dict.fromkeys(
             ("dBC", "dB", "dC"), f"*{dtype}"
         )

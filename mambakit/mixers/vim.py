@@ -67,10 +67,11 @@ class VimMixer(NonCausal):
             for _ in range(2)
         )  # fmt: skip
         self.in_proj, self.out_proj = forwards.in_proj, forwards.out_proj
-        for name in ("conv1d", "x_proj", "dt_proj", "A_log", "D"):
-            backward_name = "A_b_log" if name == "A_log" else f"{name}_b"
-            setattr(self, name, getattr(forwards, name))
-            setattr(self, backward_name, getattr(backwards, name))
+        self.conv1d, self.conv1d_b = forwards.conv1d, backwards.conv1d
+        self.x_proj, self.x_proj_b = forwards.x_proj, backwards.x_proj
+        self.dt_proj, self.dt_proj_b = forwards.dt_proj, backwards.dt_proj
+        self.A_log, self.A_b_log = forwards.A_log, backwards.A_log
+        self.D, self.D_b = forwards.D, backwards.D
 
     def mix_all(self, x: Tensor, *, seq_idx: Tensor | None, lengths: Tensor | None) -> Tensor:
         return bimamba_inner(
