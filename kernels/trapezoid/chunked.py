@@ -123,7 +123,8 @@ def masked(tensor: Tensor, lengths: Tensor | None) -> Tensor:
 
 def input_weights(dt: Tensor, trap: Tensor, seq_idx: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """gamma (B, L, H), w (B, L, H), and (B, H) what the first step takes of the element before it."""
-    gamma, behind = torch.sigmoid(trap) * dt, torch.sigmoid(-trap) * dt
+    gamma = torch.sigmoid(trap) * dt
+    behind = dt - gamma
     reach = behind[:, 1:]
     if seq_idx is not None:
         reach = reach.masked_fill(begins(seq_idx)[:, 1:].unsqueeze(-1), 0)

@@ -42,21 +42,22 @@ def trapezoidal_ssd_triton(
     initial_state: TrapezoidalState | None,
     seq_idx: Tensor | None,
     lengths: Tensor | None,
+    return_final_state: bool,
     backend: str,
-) -> tuple[Tensor, TrapezoidalState]:
+) -> tuple[Tensor, TrapezoidalState | None]:
     """Arguments and results of ``trapezoidal_ssd_reference``, of one rank; ``backend`` computes the recurrence.
 
-    The formulas are those of ``chunked.py``.
+    The formulas are those of ``chunked.py``. A state costs a dozen small launches: it is None unless asked for.
     """
     heads = x.shape[2]
-    start = start_state(initial_state, x, B, angles, torch.float32)
     with torch.autocast(x.device.type, enabled=False):  # the dtypes are chosen here, and not autocast's to change
         dt, dA = (masked(tensor.float(), lengths).contiguous() for tensor in (dt, dA))
         gamma, weights, reach = input_weights(dt, trap.float(), seq_idx)
         runs = None if seq_idx is None else begins(seq_idx).cumsum(1, dtype=torch.int32)
-        angle, angle_end = _angles(_rows(angles), dt, start.angle, runs)
+        start = None if initial_state is None else start_state(initial_state, x, B, angles, torch.float32)
+        angle, angle_end = _angles(_rows(angles), dt, None if start is None else start.angle, runs)
         ssm, first = None, None
-        if initial_state is not None:
+        if start is not None:
             ssm = start.ssm + torch.einsum("bh,bhp,bhn->bhpn", reach, start.v, start.k.squeeze(1))
             q = rotate(by_head(C[:, 0], C_bias, heads, torch.float32), angle[:, :1], halves=False)
             first = torch.einsum("bhpn,bqhn->bhp", ssm, q)
@@ -69,12 +70,16 @@ def trapezoidal_ssd_triton(
         )
         read, ssm = weighted_ssd(x, weights, dA, k, q_next, initial_state=ssm, seq_idx=seq_idx, backend=backend)
         z = None if z is None else _rows(z.squeeze(2))
-        out = _output(read, first, _rows(x), z, D, dA, gamma.contiguous(), dots, runs)
+        out = _output(read, first, _rows(x), z, D, dA, gamma.contiguous(), dots, runs).unsqueeze(2)
+        if not return_final_state:
+            return out, None
 
         k_end = rotate(by_head(at_end(B, lengths), B_bias, heads, torch.float32), angle_end.unsqueeze(1), halves=False)
-        k_end = unless_empty(lengths, k_end, start.k)
-        v_end = unless_empty(lengths, at_end(x, lengths).float(), start.v)
-    return out.unsqueeze(2), TrapezoidalState(angle_end, ssm, k_end, v_end)
+        v_end = at_end(x, lengths).float()
+        if lengths is not None:
+            start = start_state(initial_state, x, B, angles, torch.float32)
+            k_end, v_end = unless_empty(lengths, k_end, start.k), unless_empty(lengths, v_end, start.v)
+    return out, TrapezoidalState(angle_end, ssm, k_end, v_end)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -83,7 +88,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _angles_implementation(angles: Tensor, dt: Tensor, start: Tensor, runs: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The angle at each step, (B, L, H, S), and the last in [0, 2 pi), (B, H, S), from ``start`` (B, H, S) on.
+    """The angle at each step, (B, L, H, S), and the last in [0, 2 pi), (B, H, S), from ``start`` (B, H, S), or 0, on.
 
     angles (B, L, S), dt (B, L, H); runs (B, L) counts the sequences of a row. The angle at a step is up to whole turns
     that of ``angle_sums``, smaller than 2 pi and what one chunk adds.
@@ -94,8 +99,9 @@ def _angles_implementation(angles: Tensor, dt: Tensor, start: Tensor, runs: Tens
     return angle, end
 
 
-def _angles_fake(angles: Tensor, dt: Tensor, start: Tensor, runs: Tensor | None) -> tuple[Tensor, Tensor]:
-    return dt.new_empty(*dt.shape, angles.shape[2]), torch.empty_like(start)
+def _angles_fake(angles: Tensor, dt: Tensor, start: Tensor | None, runs: Tensor | None) -> tuple[Tensor, Tensor]:
+    batch, _, heads = dt.shape
+    return dt.new_empty(*dt.shape, angles.shape[2]), dt.new_empty(batch, heads, angles.shape[2])
 
 
 def _angles_backward_implementation(
@@ -114,14 +120,15 @@ def _angles_backward_fake(
 
 
 def _angles_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    angles, dt, _, runs = inputs
+    angles, dt, start, runs = inputs
     ctx.save_for_backward(angles, dt, runs)
+    ctx.started = start is not None
 
 
 def _angles_gradients(ctx: Any, dangle: Tensor, dend: Tensor) -> tuple[Any, ...]:
     angles, dt, runs = ctx.saved_tensors
     dangles, ddt, dstart = call(_angles_backward, dangle, dend, angles, dt, runs)
-    return dangles.to(angles.dtype), ddt, dstart, None
+    return dangles.to(angles.dtype), ddt, dstart if ctx.started else None, None
 
 
 def _keys_implementation(

@@ -94,14 +94,16 @@ def trapezoidal_ssd(
         B, C, z = B.unsqueeze(2), C.unsqueeze(2), None if z is None else z.unsqueeze(2)
         B_bias, C_bias = (None if bias is None else bias.unsqueeze(1) for bias in (B_bias, C_bias))
     tensors = (x, dt, dA, trap, B, C, angles, B_bias, C_bias, mimo_x, D, z, initial_state, seq_idx, lengths)
+    final_state: TrapezoidalState | None
     if chosen == "reference":
         out, final_state = trapezoidal_ssd_reference(*tensors)
     elif chosen == "triton":
-        out, final_state = trapezoidal_ssd_triton(*tensors[:9], *tensors[10:], backend)
+        out, final_state = trapezoidal_ssd_triton(*tensors[:9], *tensors[10:], return_final_state, backend)
     else:
         out, final_state = trapezoidal_ssd_chunked(*tensors, chunk_size, backend)
     if single:
-        out, final_state = out.squeeze(2), final_state._replace(k=final_state.k.squeeze(1))
+        out = out.squeeze(2)
+        final_state = None if final_state is None else final_state._replace(k=final_state.k.squeeze(1))
     return (out, final_state) if return_final_state else out
 
 

@@ -198,7 +198,7 @@ def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], in
     for given in ({}, {"B_bias": None, "C_bias": None}):
         tile = {"T": 16, "HALF": 64} | given
         yield example(keys_forward, inputs | outputs | numbers, tile | {"HEADS": 4}, 8)
-        yield example(keys_backward, gradients | inputs | numbers, tile, 8)
+        yield example(keys_backward, gradients | inputs | numbers, tile | {"T": 32}, 8)
 
 
 def example(

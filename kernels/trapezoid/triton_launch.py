@@ -15,12 +15,12 @@ from mambakit.kernels.trapezoid.triton_kernels import keys_backward, keys_forwar
 from mambakit.kernels.trapezoid.triton_output import output_backward, output_forward
 
 ANGLE_STEPS = 32  # of a chunk whose angles one program adds up
-STEPS = 16  # of which a program makes keys
+STEPS, GRADIENT_STEPS = 16, 32  # of which a program makes keys, and goes back from them
 HEADS = 4  # of one group for which a program of keys_forward reads B and C once
 TILE = 2048  # numbers of a program of the output's kernels
 
 
-def angles(angles: Tensor, dt: Tensor, start: Tensor, runs: Tensor | None) -> tuple[Tensor, Tensor]:
+def angles(angles: Tensor, dt: Tensor, start: Tensor | None, runs: Tensor | None) -> tuple[Tensor, Tensor]:
     """As :func:`mambakit.kernels.trapezoid.fused._angles_implementation`."""
     S = angles.shape[2]
     chunks, grid, numbers, tile = _chunks(angles, dt)
@@ -64,19 +64,17 @@ def _resets(runs: Tensor, chunks: int) -> Tensor:
     return ends != torch.cat([runs[:, :1], ends[:, :-1]], dim=1)
 
 
-def _joined(totals: Tensor, start: Tensor, resets: Tensor | None) -> Tensor:
-    """(B, chunks + 1, H, S): ``start`` and the sums of the chunks' totals so far, in float64 but for the result.
+def _joined(totals: Tensor, start: Tensor | None, resets: Tensor | None) -> Tensor:
+    """(B, chunks + 1, H, S): ``start``, or 0, and the chunks' totals so far, added up in float64.
 
     What comes before a chunk in which a sequence begins does not count behind it.
     """
     sums = F.pad(totals, (0, 0, 0, 0, 1, 0)).cumsum(1, dtype=torch.float64)
-    if resets is None:
-        joined = start.unsqueeze(1) + sums
-    else:
+    joined = sums if start is None else start.unsqueeze(1) + sums
+    if resets is not None:
         chunks = torch.arange(resets.shape[1], device=totals.device)
         last = F.pad(torch.where(resets, chunks, -1).cummax(1).values, (1, 0), value=-1)[..., None, None]
-        own = sums - sums.gather(1, last.clamp(min=0).expand_as(sums))
-        joined = torch.where(last < 0, start.unsqueeze(1) + sums, own)
+        joined = torch.where(last < 0, joined, sums - sums.gather(1, last.clamp(min=0).expand_as(sums)))
     return joined.to(totals.dtype)
 
 
@@ -115,7 +113,7 @@ def keys_gradients(
     """As :func:`mambakit.kernels.trapezoid.fused._keys_backward_implementation`."""
     batch, length, heads, angles = angle.shape
     groups, d_state = B.shape[2:]
-    chunks = triton.cdiv(length, STEPS)
+    chunks = triton.cdiv(length, GRADIENT_STEPS)
     dB, dC = (torch.empty(b.shape, dtype=b.dtype, device=b.device) for b in (B, C))
     dangle, dbias = torch.empty_like(angle), angle.new_empty(batch, chunks, heads, 2, d_state)
     launch(
@@ -123,7 +121,7 @@ def keys_gradients(
         (chunks, batch, groups),
         *(dq, dk, ddots, B, C, B_bias, C_bias, angle, dB, dC, dbias, dangle),
         *(length, heads, groups, d_state, angles, *B.stride()[:3], *C.stride()[:3]),
-        T=STEPS,
+        T=GRADIENT_STEPS,
         HALF=_half(d_state),
         num_warps=8,
     )

@@ -183,7 +183,7 @@ class Mamba3(SequenceMixer):
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
         if self.is_mimo:
             z = z.unsqueeze(-3) * self.mimo_z.transpose(0, 1)
-        y, carried = trapezoidal_ssd(
+        y = trapezoidal_ssd(
             u,
             dt,
             dt * self._A(A.to(wide)),
@@ -200,8 +200,9 @@ class Mamba3(SequenceMixer):
             initial_state=None if state is None else TrapezoidalState(state.angle, state.ssm, state.k, state.v),
             seq_idx=seq_idx,
             lengths=lengths,
-            return_final_state=True,
+            return_final_state=return_state,
         )
+        y, carried = y if return_state else (y, ())
         y = y.flatten(-2)
         if self.norm is not None:
             y = self.norm(y, z.flatten(-2))

@@ -112,7 +112,7 @@ def test_triton_operators_pass_opcheck():
     for tensor in (inputs["angles"], dt, state.angle, *keys, *output):
         tensor.requires_grad_()
     torch.library.opcheck(fused._angles, (inputs["angles"], dt, state.angle, runs))
-    torch.library.opcheck(fused._angles, (inputs["angles"], dt, state.angle, None))
+    torch.library.opcheck(fused._angles, (inputs["angles"], dt, None, None))
     torch.library.opcheck(fused._keys, (*keys, torch.float32))
     torch.library.opcheck(fused._keys, (*keys[:2], None, None, angle, torch.float32))
     torch.library.opcheck(fused._output, (*output, runs))
