@@ -221,6 +221,7 @@ def _cut_off(C: Tensor, change: Tensor, length: int) -> Tensor:
     """C (1 - dA^L) for complex rows C (D, N/2) and dA - 1 (D, N, N): with it in place of C the response ends at L.
 
     By squaring, O(N^3) each, until REPEATS more products with the row, O(N^2) each, are enough.
+    Where torch.set_float32_matmul_precision lets products round to TF32, the kernel is as coarse as that.
     """
     row = _real(C.conj()).unsqueeze(1)
     total = torch.zeros_like(row)  # C (dA^m - 1) for the m steps so far

@@ -115,7 +115,8 @@ class S4NDConv(nn.Module):
 
         Args:
             conv: depth-wise (groups = channels) or dense (groups = 1), of any kernel size that keeps the input's, or as
-                large as its stride, like a patch embedding's. Its weights are not used.
+                large as its stride, like a patch embedding's (for sizes that the stride divides). Its weights are not
+                used.
             options: further arguments of the constructor.
 
         Raises:
