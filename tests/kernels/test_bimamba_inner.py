@@ -134,6 +134,32 @@ def test_many_channels() -> None:
     compare(inputs(1, 2, 320, 1, rank=17), "triton")
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_convolutions_of_both_directions(bias: bool) -> None:
+    """Several chunks of time and tiles of channels in one launch, beside one convolution after another."""
+    from mambakit.kernels.conv import chunked, triton_launch
+
+    length, channels = 70, 80
+    xz = random_tensor(2, length, 2 * channels, seed=1, device=DEVICE)
+    seq_idx = (torch.arange(length, device=DEVICE) // 27).int().expand(2, -1).contiguous()
+    weight = random_tensor(2, channels, 4, seed=2, device=DEVICE)
+    shift = random_tensor(2, channels, seed=3, device=DEVICE) if bias else None
+    dout = random_tensor(2, length, 2 * channels, seed=4, device=DEVICE)
+    found = []
+    for way in (chunked, triton_launch):
+        with poisoned_memory():
+            x, dx = xz[..., :channels], torch.empty_like(xz)[..., :channels]
+            y = way.forward_both(x, weight, shift, seq_idx, True)
+            found.append((y, dx, *way.backward_both(dout, x, weight, shift, seq_idx, True, dx)))
+    for name, want, got in zip(("y", "dx", "dweight", "dbias"), *found, strict=True):
+        if got is not None:
+            assert_close(name, got, want, 1e-5)
+    one = [
+        chunked.forward(x, weight[i], None if shift is None else shift[i], None, seq_idx, True, bool(i)) for i in (0, 1)
+    ]
+    assert_close("y", found[0][0], torch.cat(one, dim=-1), 1e-6)
+
+
 def test_strided_input() -> None:
     given = inputs()
     turned = given["xz"].transpose(0, 1).contiguous().transpose(0, 1)

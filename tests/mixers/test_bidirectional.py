@@ -140,7 +140,14 @@ def test_ties() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [partial(Mamba2, headdim=2, d_state=2), partial(S4D, d_state=4), partial(Attention, n_heads=2), Mamba1]
+    "make",
+    [
+        partial(Mamba2, headdim=2, d_state=2),
+        partial(S4D, d_state=4),
+        partial(Attention, n_heads=2),
+        partial(Mamba1, bias=True),
+        partial(Mamba1, bias=True, b_c_dt_rms="weighted"),
+    ],
 )
 def test_any_mixer_in_both_directions(make: Any) -> None:
     """The two halves on x and on x turned round, each row at its own end."""
