@@ -60,12 +60,18 @@ def implementations(backend: str) -> tuple[ModuleType, ModuleType, ModuleType, M
 
 def forward(given: Arguments, options: Options, backend: str) -> tuple[Tensor, Tensor, Kept]:
     """out (B, L, M), the final state (B, H, P, N), and what the backward wants."""
-    conv, stepping, ssd, _ = implementations(backend)
+    conv, stepping, ssd, norm = implementations(backend)
     size = sizes(given, options.ngroups)
-    xBC = _convolve(given, size, conv)
-    y, final_state, starts = ssd.ssd_forward(*_recurrence(given, options, size, xBC, stepping), options.chunk_size)
-    y = _tokens(y.flatten(2))
-    inputs, rstd = _out_proj_inputs(given, options, size, y, backend)
+    gate, value, z, xBC, dt = split(given.projected, size)
+    xBC = _convolve(given, xBC, conv)
+    recurrence = _recurrence(given, options, size, xBC, z, dt, stepping)
+    y, final_state, starts = ssd.ssd_forward(*recurrence, options.chunk_size)
+    y = normed = _tokens(y.flatten(2))
+    rstd = y.new_empty(0, dtype=torch.promote_types(y.dtype, torch.float32))
+    if given.norm_weight is not None:
+        grouping = (options.norm_before_gate, size.inner // size.groups)
+        normed, rstd = norm.gated_rms_norm(y, _tokens(z), given.norm_weight, options.eps, *grouping)
+    inputs = _beside_mlp(gate, value, normed)
     weight = given.out_proj_weight.to(y.dtype)
     if given.out_proj_bias is None:
         out = inputs @ weight.t()
@@ -105,11 +111,11 @@ def backward(
         dy, _, dnorm_weight = norm.gated_rms_norm_backward(
             dy, kept.y, _tokens(z), given.norm_weight, kept.rstd, *grouping, dz=_tokens(dz), y=y
         )
-    inputs = _beside_mlp(given, size, y) if y is not None else kept.inputs
+    inputs = _beside_mlp(gate, value, y) if y is not None else kept.inputs
     dout_proj_weight = weight_gradient(dout, inputs, given.out_proj_weight)
     del inputs, y
-    xBC = kept.xBC if kept.xBC.numel() else _convolve(given, size, conv)
-    arguments = _recurrence(given, options, size, xBC, stepping)
+    xBC = kept.xBC if kept.xBC.numel() else _convolve(given, x_in, conv)
+    arguments = _recurrence(given, options, size, xBC, z, dt, stepping)
     dy = dy.reshape(*xBC.shape[:2], size.heads, size.channels)
     dx, dsteps, ddecays, dB, dC, dD, dz_heads, dssm_state = ssd.ssd_backward(
         dy, dfinal_state, *arguments, kept.starts, options.chunk_size
@@ -146,15 +152,15 @@ def _tokens(tensor: Tensor) -> Tensor:
     return tensor.view(-1, tensor.shape[-1])
 
 
-def _convolve(given: Arguments, size: Sizes, conv: ModuleType) -> Tensor:
+def _convolve(given: Arguments, xBC: Tensor, conv: ModuleType) -> Tensor:
     """SiLU(conv(x, B, C)), (B, L, K)."""
-    xBC = split(given.projected, size)[3]
     return conv.forward(xBC, given.conv_weight, given.conv_bias, given.conv_state, given.seq_idx, True, False)
 
 
-def _recurrence(given: Arguments, options: Options, size: Sizes, xBC: Tensor, stepping: ModuleType) -> tuple[Any, ...]:
-    """The arguments of the recurrence, from x to seq_idx."""
-    _, _, z, _, dt = split(given.projected, size)
+def _recurrence(
+    given: Arguments, options: Options, size: Sizes, xBC: Tensor, z: Tensor, dt: Tensor, stepping: ModuleType
+) -> tuple[Any, ...]:
+    """The arguments of the recurrence, from x to seq_idx; xBC is the convolution's output."""
     x, B, C = heads(xBC, size)
     gate = z.unflatten(-1, (size.heads, size.channels)) if given.norm_weight is None else None
     limit = (options.least_step, options.most_step)
@@ -162,20 +168,8 @@ def _recurrence(given: Arguments, options: Options, size: Sizes, xBC: Tensor, st
     return x, steps, decays, B, C, per_head(given.D, size), gate, given.ssm_state, given.seq_idx
 
 
-def _out_proj_inputs(given: Arguments, options: Options, size: Sizes, y: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """The input of out_proj (T, E + D) from y (T, D), and the norm's rstd (T, G), empty without a norm."""
-    rstd = y.new_empty(0, dtype=torch.promote_types(y.dtype, torch.float32))
-    if given.norm_weight is not None:
-        grouping = (options.norm_before_gate, size.inner // size.groups)
-        z = split(given.projected, size)[2]
-        norm = implementations(backend)[3]
-        y, rstd = norm.gated_rms_norm(y, _tokens(z), given.norm_weight, options.eps, *grouping)
-    return _beside_mlp(given, size, y), rstd
-
-
-def _beside_mlp(given: Arguments, size: Sizes, y: Tensor) -> Tensor:
-    """y (T, D) behind the MLP's part: (T, E + D), y itself where there is none."""
-    if not size.mlp:
+def _beside_mlp(gate: Tensor, value: Tensor, y: Tensor) -> Tensor:
+    """y (T, D) behind the MLP's part SiLU(gate) value: (T, E + D), y itself where there is none."""
+    if not gate.shape[-1]:
         return y
-    gate, value, *_ = split(given.projected, size)
     return torch.cat([_tokens(F.silu(gate) * value), y], dim=1)
