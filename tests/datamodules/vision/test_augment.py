@@ -165,7 +165,7 @@ def test_the_order_of_steps():
     assert kinds == [v2.Compose, v2.RandomCrop, v2.RandomHorizontalFlip, auto_augment.RandAugment, v2.ColorJitter]
 
 
-def test_a_policy_moves_the_mean_into_the_picture():
+def test_a_policy_resamples_as_asked_and_moves_the_mean_into_the_picture():
     options = Augment(auto_augment="rand-m9-n1-p1.0")
     transform = training_transform(options, (3, 40, 40), None, "nearest", CONVENTIONS["imagenet"])
     translate = next(step for step in transform.transforms[-1].ops if step.name == "TranslateXRel")
@@ -173,6 +173,8 @@ def test_a_policy_moves_the_mean_into_the_picture():
         tuple(pixel) for pixel in np.asarray(translate(Image.new("RGB", (40, 40), "red"))).reshape(-1, 3).tolist()
     }
     assert pixels == {(255, 0, 0), (124, 116, 104)}
+    assert translate.kwargs["resample"] == Image.Resampling.NEAREST
+    assert translate.hparams["translate_const"] == 18, "as timm: 45 % of the shorter side"
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])

@@ -228,6 +228,26 @@ def test_processes_share_the_images(tree):
         assert shares[1] == alone[1::3][: len(shares[1])]
 
 
+def test_a_batch_that_training_has_not_finished_comes_again(tree):
+    data = module(tree)
+    data.trainer = World(0, 1)
+    loader = data.train_dataloader()
+    iterator = iter(loader)
+    next(iterator), next(iterator)
+    assert loader.state_dict()["batches"] == 1
+
+
+def test_preparing_fetches(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", lambda self: asked.append(self.root))
+    module("digits", root=str(tmp_path), download=True).prepare_data()
+    module("cifar10", root=str(tmp_path)).prepare_data()
+    assert asked == []
+    with pytest.raises(RuntimeError, match="not found or corrupted"):
+        module(test_data="cifar10", root=str(tmp_path), download=True).prepare_data()
+    assert asked == [tmp_path]
+
+
 def test_without_a_trainer_the_loader_resumes(tree):
     def make():
         loader = module(tree, augment=Augment(**EVERYTHING)).train_dataloader()
