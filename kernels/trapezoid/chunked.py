@@ -65,7 +65,7 @@ def trapezoidal_ssd_chunked(
     start = start_state(initial_state, x, B, angles, dtype)
     with torch.autocast(x.device.type, enabled=False):  # the dtypes are chosen here, and not autocast's to change
         dt, dA = (masked(tensor.to(dtype), lengths) for tensor in (dt, dA))
-        gamma, weights, reach = input_weights(dt, trap.to(dtype), seq_idx)
+        gamma, weights, reach = input_weights(dt, trap.to(dtype))
         angle = angle_sums(angles.to(dtype), dt, start.angle, seq_idx)
         B, C = by_head(B, B_bias, heads, dtype), by_head(C, C_bias, heads, dtype)
         q, k = (rotate(b, angle.unsqueeze(2), mimo_x is not None) for b in (C, B))
@@ -121,14 +121,14 @@ def masked(tensor: Tensor, lengths: Tensor | None) -> Tensor:
     return tensor.masked_fill(padding.unsqueeze(-1), 0)
 
 
-def input_weights(dt: Tensor, trap: Tensor, seq_idx: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """gamma (B, L, H), w (B, L, H), and (B, H) what the first step takes of the element before it."""
+def input_weights(dt: Tensor, trap: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """gamma (B, L, H), w (B, L, H), and (B, H) what the first step takes of the element before it.
+
+    The w of a sequence's last element knows the next sequence, but nothing reads the state in which it stands.
+    """
     gamma = torch.sigmoid(trap) * dt
     behind = dt - gamma
-    reach = behind[:, 1:]
-    if seq_idx is not None:
-        reach = reach.masked_fill(begins(seq_idx)[:, 1:].unsqueeze(-1), 0)
-    return gamma, gamma + F.pad(reach, (0, 0, 0, 1)), behind[:, 0]
+    return gamma, gamma + F.pad(behind[:, 1:], (0, 0, 0, 1)), behind[:, 0]
 
 
 def angle_sums(angles: Tensor, dt: Tensor, start: Tensor, seq_idx: Tensor | None) -> Tensor:

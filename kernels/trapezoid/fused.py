@@ -52,7 +52,7 @@ def trapezoidal_ssd_triton(
     heads = x.shape[2]
     with torch.autocast(x.device.type, enabled=False):  # the dtypes are chosen here, and not autocast's to change
         dt, dA = (masked(tensor.float(), lengths).contiguous() for tensor in (dt, dA))
-        gamma, weights, reach = input_weights(dt, trap.float(), seq_idx)
+        gamma, weights, reach = input_weights(dt, trap.float())
         runs = None if seq_idx is None else begins(seq_idx).cumsum(1, dtype=torch.int32)
         start = None if initial_state is None else start_state(initial_state, x, B, angles, torch.float32)
         angle, angle_end = _angles(_rows(angles), dt, None if start is None else start.angle, runs)
