@@ -151,7 +151,7 @@ def _policy(
     fill = [min(255, round(255 * value)) for value in normalization.mean] * (channels // len(normalization.mean))
     hints: dict[str, Any] = {
         "translate_const": int(min(sides) * 0.45),
-        "img_mean": tuple(fill) if channels > 1 else fill[0],
+        "img_mean": tuple(fill),
         "interpolation": Image.Resampling[interpolation.upper()],
     }
     make = timm.auto_augment_transform
