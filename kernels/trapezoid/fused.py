@@ -87,7 +87,9 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _angles_implementation(angles: Tensor, dt: Tensor, start: Tensor, runs: Tensor | None) -> tuple[Tensor, Tensor]:
+def _angles_implementation(
+    angles: Tensor, dt: Tensor, start: Tensor | None, runs: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The angle at each step, (B, L, H, S), and the last in [0, 2 pi), (B, H, S), from ``start`` (B, H, S), or 0, on.
 
     angles (B, L, S), dt (B, L, H); runs (B, L) counts the sequences of a row. The angle at a step is up to whole turns
@@ -95,8 +97,7 @@ def _angles_implementation(angles: Tensor, dt: Tensor, start: Tensor, runs: Tens
     """
     from mambakit.kernels.trapezoid import triton_launch
 
-    angle, end = triton_launch.angles(angles, dt, start, runs)
-    return angle, end
+    return triton_launch.angles(angles, dt, start, runs)
 
 
 def _angles_fake(angles: Tensor, dt: Tensor, start: Tensor | None, runs: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -107,7 +108,7 @@ def _angles_fake(angles: Tensor, dt: Tensor, start: Tensor | None, runs: Tensor 
 def _angles_backward_implementation(
     dangle: Tensor, dend: Tensor, angles: Tensor, dt: Tensor, runs: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of angles, dt and start."""
+    """Gradients of angles, dt and ``start``."""
     from mambakit.kernels.trapezoid import triton_launch
 
     return triton_launch.angles_gradients(dangle.contiguous(), dend, angles, dt, runs)

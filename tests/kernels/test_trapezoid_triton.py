@@ -46,6 +46,7 @@ def in_float64(given: dict[str, Any]) -> dict[str, Any]:
         {"length": 33, "optional": False, "packed": True},
         {"length": 70, "packed": True, "heads": 1, "groups": 1},
         {"length": 65},
+        {"length": 1},
     ],
     ids=str,
 )
