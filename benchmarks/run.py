@@ -4,7 +4,7 @@
     python benchmarks/run.py --only scan conv --shapes lm vim_tiny  # some parts, some shapes
     python benchmarks/run.py --json figures.json --chart time_against_length.png
 
-Parts: scan, conv, norm, loss, updates, s4 (operators, each checked against float64 in poisoned memory before it is
+Parts: scan, conv, ssd, norm, loss, updates, s4 (operators, each checked against float64 in poisoned memory before it is
 timed); accuracy (the scan's errors by dtype and length, and beyond 2^31 elements); sweep (time against length: scan,
 attention, vectorised PyTorch); train and generate (whole models); vim (Vision Mamba); million (1,048,576 tokens forward
 and backward through a 130M backbone). Peers that are installed (mamba_ssm, causal_conv1d, fla, mambapy) run beside
@@ -33,13 +33,14 @@ import kernels_s4
 import loss
 import norm
 import scan
+import ssd
 import torch
 import updates
 import vision_block
 import whole
 from harness import BOTH, FORWARD, SHORT, Ceilings, describe_machine, measure, measure_ceilings
 
-OPERATORS = {"scan": scan, "conv": conv, "norm": norm, "loss": loss, "updates": updates, "s4": kernels_s4}
+OPERATORS = {"scan": scan, "conv": conv, "ssd": ssd, "norm": norm, "loss": loss, "updates": updates, "s4": kernels_s4}
 PARTS = (*OPERATORS, "accuracy", "sweep", "train", "generate", "vim", "million")
 RARE = ("million",)
 COLUMNS = (

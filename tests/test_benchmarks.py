@@ -15,6 +15,7 @@ MODULES = (
     "peers",
     "scan",
     "conv",
+    "ssd",
     "norm",
     "loss",
     "updates",
@@ -45,6 +46,22 @@ def bench(monkeypatch: pytest.MonkeyPatch):
     for name in MODULES:
         sys.modules.pop(name, None)
     sys.modules.update(shadowed)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.02])
+def test_the_check_of_ssd_stops_at_a_wrong_number_through_triton(bench, monkeypatch, factor):
+    right = bench.ssd.ssd
+
+    def spoilt(backend, **given):
+        return right(**given, backend=backend) * (factor if backend == "triton" else 1.0)
+
+    monkeypatch.setattr(bench.ssd, "ssd", spoilt)
+    given = bench.ssd.inputs(bench.ssd.Shape("toy", 2, 70, 5, None), heads=3, channels=6)
+    if factor == 1.0:
+        assert set(bench.ssd.check("toy", given)) == {"out", *(f"grad {name}" for name in bench.ssd.LEAVES)}
+    else:
+        with pytest.raises(AssertionError, match="ssd toy: out: relative RMS difference"):
+            bench.ssd.check("toy", given)
 
 
 def toy_scan(bench, dtype=torch.float32, **sizes):

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mambakit.kernels import checks
-from mambakit.kernels.duality.reference import ssd_dtype, step_sizes
-from mambakit.kernels.duality.weighted import NAME, weighted_ssd
+from mambakit.kernels import checks, dispatch
+from mambakit.kernels.duality.steps import steps_and_logs
+from mambakit.kernels.duality.weighted import NAME, not_in_triton, weighted_ssd
 
 UNLIMITED = (0.0, float("inf"))
 
@@ -51,14 +51,16 @@ def ssd(
         z: gate (B, L, H, P).
         dt_bias: (H,), added to dt.
         dt_softplus: apply softplus to dt after the bias.
-        chunk_size: the most steps computed at once, as attention; it decides speed and memory, and not the result.
-            PyTorch takes 64 at most.
+        chunk_size: the most steps that PyTorch computes at once, as attention, 64 at most; it decides speed and memory,
+            and not the result. The Triton kernels have a size of their own.
         dt_limit: the smallest and largest step, applied last. A step of 0 passes the state unchanged.
         initial_state: (B, H, P, N), the state before the first element; zeros if None.
         seq_idx: (B, L) int32 or int64; where its value changes another sequence begins and the state is cleared, so
             ``initial_state`` reaches only the first one.
         return_final_state: also return the state after the last element.
-        backend: "auto" (which is "torch"), "torch" (by chunks) or "reference" (a loop over time).
+        backend: "auto", "triton", "torch" (by chunks) or "reference" (a loop over time); see
+            ``mambakit.kernels.dispatch``. float64 arguments, heads of more than 128 channels and more than 256 states
+            are served by "torch".
 
     Returns:
         out (B, L, H, P) in x's dtype, or ``(out, final_state)`` with final_state (B, H, P, N). States and arithmetic
@@ -66,7 +68,8 @@ def ssd(
         ``seq_idx``, also back through the final state.
 
     Raises:
-        ValueError: a wrong shape or device, a length of 0, limits or chunk size out of range, or an unknown backend.
+        ValueError: a wrong shape or device, a length of 0, limits or chunk size out of range, or a backend that is
+            unknown or cannot serve the call.
         TypeError: a wrong dtype.
     """
     _check(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
@@ -75,11 +78,11 @@ def ssd(
     dt_limit = (float(dt_limit[0]), float(dt_limit[1]))
     if not 0.0 <= dt_limit[0] <= dt_limit[1]:
         raise ValueError(f"{NAME}: dt_limit is {dt_limit}, expected 0 <= smallest <= largest")
-    dtype = ssd_dtype(x, dt, A, B, C)
-    steps = step_sizes(dt, dt_bias, dt_softplus, dt_limit, dtype)
+    chosen = dispatch.choose(NAME, backend, x, not_in_triton(x, dt, A, B, C)).backend
+    steps, log_decays = steps_and_logs(x, dt, A, dt_bias, dt_softplus, dt_limit, chosen == "triton")
     out, final_state = weighted_ssd(
-        x, steps, steps * A.to(dtype), B, C, D, z,
-        chunk_size=chunk_size, initial_state=initial_state, seq_idx=seq_idx, backend=backend,
+        x, steps, log_decays, B, C, D, z,
+        chunk_size=chunk_size, initial_state=initial_state, seq_idx=seq_idx, backend=chosen,
     )  # fmt: skip
     return (out, final_state) if return_final_state else out
 

@@ -17,16 +17,13 @@ runs give the same bits.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mambakit.kernels.duality.triton_common import (
-    Prepared,
-    Tiling,
+    ceil_div,
     decay_matrix,
     load_decays,
     load_rows,
@@ -41,27 +38,30 @@ from mambakit.kernels.duality.triton_common import (
 from mambakit.kernels.duality.triton_states import Segments, load_slopes
 from mambakit.kernels.launch import launch
 
-# Numbers of the states kept at once, before and behind: beyond it heads are taken in parts.
+# Numbers of the states kept at once, before and behind, or as many as x has: beyond it heads are taken in parts.
 KEPT = 1 << 25
 # Programs that keep an H200's 132 multiprocessors busy: fewer of them take more heads, and leave fewer parts to add up.
 PROGRAMS = 256
+# Programs with which the walks that make the states cut no time, see ``Segments``.
+ENOUGH = 100
 
 
-@triton.jit(do_not_specialize=["length", "tiles", "share"])
+@triton.jit(do_not_specialize=["length", "first_head", "tiles", "share"])
 def input_gradients_kernel(
     dout, x, weights, logs, B, C, D, z, owners, befores, afters, dx, dweights, dlogs, dD, dz,
-    length, heads, share, tiles,
+    length, heads, first_head, share, tiles,
     dout_b, dout_l, dout_h, x_b, x_l, x_h, B_b, B_l, B_g, C_b, C_l, C_g, z_b, z_l, z_h, D_h, D_p,
     dx_b, dx_l, dw_b, dw_l, dD_b, dD_t, row_b, owner_b,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of x, z, weights and log decays, and a tile's part of D's. Grid (B * tiles * H,).
+    """Gradients of x, z, weights and log decays, and a tile's part of D's, for ``heads`` of all H from first_head on.
 
-    befores, afters (B, tiles, H, P, N): the state before, and the gradient behind, each tile. dx and dz share their
-    strides, and dweights and dlogs (B, L, H) theirs; dD (B, tiles, H, P).
+    Grid (B * tiles * heads,). befores, afters (B, tiles, heads, P, N): the state before each tile, the gradient behind.
+    dx and dz share their strides, and dweights and dlogs (B, L, H) theirs; dD (B, tiles, H, P).
     """
-    head = tl.program_id(0) % heads
+    local_head = tl.program_id(0) % heads
+    head = first_head + local_head
     tile = tl.program_id(0) // heads % tiles
     b = (tl.program_id(0) // heads // tiles).to(tl.int64)
     wide_head = head.to(tl.int64)
@@ -73,7 +73,7 @@ def input_gradients_kernel(
     C += b * C_b + (head // share).to(tl.int64) * C_g
     weights += b * row_b + wide_head * tiles * Q
     logs += b * row_b + wide_head * tiles * Q
-    border = ((b * tiles + tile) * heads + head) * P * N + p[:, None] * N + n[None, :]
+    border = ((b * tiles + tile) * heads + local_head) * P * N + p[:, None] * N + n[None, :]
     exists = (p < P)[:, None] & (n < N)[None, :]
     if z is not None:
         z += b * z_b + wide_head * z_h
@@ -131,24 +131,25 @@ def input_gradients_kernel(
 @triton.jit
 def add_heads(
     dout, x, weights, logs, vectors, z, owners, states, dvectors, block, tile, b,
-    length, heads, share, tiles, block_heads,
+    length, heads, first_head, share, tiles, block_heads,
     dout_b, dout_l, dout_h, x_b, x_l, x_h, v_b, v_l, v_g, z_b, z_l, z_h, dv_part, dv_b, dv_l, dv_g, row_b, owner_b,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, ADD: tl.constexpr, OF_B: tl.constexpr,
 ):  # fmt: skip
     """The gradient of C at one tile from B (``vectors``) and the states before; OF_B: B's from C and what is behind."""
-    first_head = block * block_heads
-    group = (first_head // share).to(tl.int64)
+    first = first_head + block * block_heads
+    group = (first // share).to(tl.int64)
+    part = first % share % heads // block_heads
     t0 = tile * Q
     i, p, n = tl.arange(0, Q), tl.arange(0, BP), tl.arange(0, BN)
     exists = (p < P)[:, None] & (n < N)[None, :]
     vectors += b * v_b + group * v_g
-    dvectors += (first_head % share // block_heads).to(tl.int64) * dv_part + b * dv_b + group * dv_g
+    dvectors += part.to(tl.int64) * dv_part + b * dv_b + group * dv_g
     if owners is not None:
         owners += b * owner_b
     total = tl.zeros([Q, BN], tl.float32)
     dscores = tl.zeros([Q, Q], tl.float32)
-    for head in tl.range(first_head, first_head + block_heads):
+    for head in tl.range(first, first + block_heads):
         wide_head = tl.cast(head, tl.int64)
         my_z = z
         if z is not None:
@@ -158,7 +159,7 @@ def add_heads(
         inputs = load_rows(x + b * x_b + wide_head * x_h, t0, x_l, i, p, length, P, BP)
         my_dout = dout + b * dout_b + wide_head * dout_h
         slopes = load_slopes(my_dout, my_z, t0, dout_l, z_l, i, p, length, P, BP)
-        border = ((b * tiles + tile) * heads + head) * P * N + p[:, None] * N + n[None, :]
+        border = ((b * tiles + tile) * heads + head - first_head) * P * N + p[:, None] * N + n[None, :]
         state = tl.load(states + border, mask=exists, other=0.0)
         decay = decay_matrix(log, owners, t0, i, OF_B)
         if OF_B:
@@ -171,8 +172,8 @@ def add_heads(
                 scaled = (slopes * carry[:, None]).to(OPERAND)
                 total = tl.dot(scaled, state, acc=total, input_precision=PRECISION)
             else:  # an infinite state of another sequence must be selected away
-                part = tl.dot(slopes.to(OPERAND), state, input_precision=PRECISION)
-                total += scale(part, carry[:, None])
+                carried = tl.dot(slopes.to(OPERAND), state, input_precision=PRECISION)
+                total += scale(carried, carry[:, None])
             pairs = tl.dot(slopes.to(OPERAND), tl.trans(inputs.to(OPERAND)), input_precision=PRECISION)
             dscores += pairs * decay * weight[None, :]
     there = load_rows(vectors, t0, v_l, i, n, length, N, BN).to(OPERAND)
@@ -182,19 +183,19 @@ def add_heads(
     store_rows(dvectors, total, t0, dv_l, i, n, length, N, BN)
 
 
-@triton.jit(do_not_specialize=["length", "tiles", "share", "blocks", "block_heads", "count"])
+@triton.jit(do_not_specialize=["length", "first_head", "tiles", "share", "blocks", "block_heads", "count"])
 def vector_gradients_kernel(
     dout, x, weights, logs, B, C, z, owners, befores, afters, dB, dC,
-    length, heads, share, tiles, blocks, block_heads, count,
+    length, heads, first_head, share, tiles, blocks, block_heads, count,
     dout_b, dout_l, dout_h, x_b, x_l, x_h, B_b, B_l, B_g, C_b, C_l, C_g, z_b, z_l, z_h,
     dv_part, dv_b, dv_l, dv_g, row_b, owner_b,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of B and C at one tile, summed over ``block_heads`` heads of a group.
+    """Gradients of B and C at one tile, summed over ``block_heads`` heads of a group, from first_head on.
 
-    The first ``count`` = B * tiles * blocks programs compute C's, as many more B's. dB, dC (share // block_heads, B, L,
-    G, N), of the same strides; ADD: to what lies there.
+    The first ``count`` = B * tiles * blocks programs compute C's, as many more B's. dB, dC (parts, B, L, G, N), of the
+    same strides: the blocks of a group write a part each. ADD: to what lies there.
     """
     program = tl.program_id(0) % count
     block = program % blocks
@@ -203,7 +204,7 @@ def vector_gradients_kernel(
     if tl.program_id(0) < count:
         add_heads(
             dout, x, weights, logs, B, z, owners, befores, dC, block, tile, b,
-            length, heads, share, tiles, block_heads,
+            length, heads, first_head, share, tiles, block_heads,
             dout_b, dout_l, dout_h, x_b, x_l, x_h, B_b, B_l, B_g, z_b, z_l, z_h,
             dv_part, dv_b, dv_l, dv_g, row_b, owner_b,
             P, N, Q, BP, BN, OPERAND, PRECISION, ADD, False,
@@ -211,7 +212,7 @@ def vector_gradients_kernel(
     else:
         add_heads(
             dout, x, weights, logs, C, z, owners, afters, dB, block, tile, b,
-            length, heads, share, tiles, block_heads,
+            length, heads, first_head, share, tiles, block_heads,
             dout_b, dout_l, dout_h, x_b, x_l, x_h, C_b, C_l, C_g, z_b, z_l, z_h,
             dv_part, dv_b, dv_l, dv_g, row_b, owner_b,
             P, N, Q, BP, BN, OPERAND, PRECISION, ADD, True,
@@ -238,96 +239,54 @@ def ssd_backward(
     batch, length, heads, channels = x.shape
     groups, d_state = B.shape[2:]
     tile = tiling(x, B, C)
-    tiles = triton.cdiv(length, tile.Q)
+    tiles, share = ceil_div(length, tile.Q), heads // groups
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
 
     with torch.cuda.device_of(x):
         prepared = prepare(weights, log_decays, seq_idx, tile.Q)
+        owners = prepared.owners
         dx = new(*x.shape, dtype=x.dtype)
         dz = None if z is None else new(*x.shape, dtype=z.dtype)
         dweights, dlogs = new(batch, length, heads), new(batch, length, heads)
         dD = None if D is None else new(batch, tiles, heads, channels)
-        dinitial = None if initial_state is None else torch.empty_like(initial_state)
+        initial, dfinal = (None if t is None else t.contiguous() for t in (initial_state, dfinal_state))
+        dinitial = None if initial is None else torch.empty_like(initial)
         states = 2 * batch * tiles * channels * d_state
-        at_once = heads_at_once(heads, heads // groups, KEPT // states)
-        share = min(heads // groups, at_once)
-        block_heads = heads_of_a_block(share, batch * tiles * (at_once // share))
-        slots = share // block_heads
-        whole = slots == 1 and share == heads // groups
-        dB, dC = (new(slots, *t.shape, dtype=t.dtype if whole else torch.float32) for t in (B, C))
+        at_once = heads_at_once(heads, share, max(KEPT, x.numel()) // states)
+        some = min(share, at_once)
+        block_heads = heads_of_a_block(some, batch * tiles * (at_once // some))
+        parts, blocks = some // block_heads, at_once // block_heads
+        whole = parts == 1 and some == share
+        dB, dC = (new(parts, *t.shape, dtype=t.dtype if whole else torch.float32) for t in (B, C))
+        kept = torch.bfloat16 if tile.operand == tl.bfloat16 else torch.float32
+        befores, afters = (new(batch, tiles, at_once, channels, d_state, dtype=kept) for _ in range(2))
+        cut = Segments(x, B, prepared, tile, initial, at_once, ENOUGH, dout, z, C, dfinal)
+
+        ends = prepared.weights.stride(0), 0 if owners is None else owners.stride(0)
+        strides = [stride for t in (dout, x, B, C, z) for stride in row_strides(t)]
+        outputs = (*skip_strides(D), *dx.stride()[:2], *dweights.stride()[:2], *row_strides(dD)[:2])
+        sizes = {"P": channels, "N": d_state, **tile.sizes}
+        count = batch * tiles * blocks
         for first in range(0, heads, at_once):
-            these = slice(first, first + at_once)
-            group = slice(first * groups // heads, first * groups // heads + at_once // share)
-            arguments: Any = [
-                *(None if t is None else t[:, :, these] for t in (dout, x, z, dx, dz, dweights, dlogs, dD)),
-                *(t[:, :, group] for t in (B, C)),
-                *(t[:, :, :, group] for t in (dB, dC)),
-                None if D is None else D[these],
-                *(None if t is None else t[:, these].contiguous() for t in (initial_state, dfinal_state)),
-                Prepared(prepared.weights[:, these], prepared.logs[:, these], prepared.owners),
-            ]
-            add = first % (heads // groups) != 0
-            part_dinitial = _gradients_of_some_heads(*arguments, tile=tile, block_heads=block_heads, add=add)
-            if dinitial is not None:
-                dinitial[:, these] = part_dinitial
-    dB, dC = ((total[0] if slots == 1 else total.sum(0)).to(t.dtype) for total, t in ((dB, B), (dC, C)))
+            cut.join(first)
+            cut.keep(first, befores, afters, dinitial)
+            launch(
+                input_gradients_kernel, (batch * tiles * at_once,),
+                dout, x, *prepared[:2], B, C, D, z, owners, befores, afters, dx, dweights, dlogs, dD, dz,
+                length, at_once, first, share, tiles, *strides, *outputs, *ends, **sizes, num_warps=4,
+            )  # fmt: skip
+            launch(
+                vector_gradients_kernel, (2 * count,),
+                dout, x, *prepared[:2], B, C, z, owners, befores, afters, dB, dC,
+                length, at_once, first, share, tiles, blocks, block_heads, count, *strides, *dB.stride()[:4], *ends,
+                **sizes, ADD=first % share != 0, num_warps=4,
+            )  # fmt: skip
+    dB, dC = ((total[0] if parts == 1 else total.sum(0)).to(t.dtype) for total, t in ((dB, B), (dC, C)))
     if dD is not None and D is not None:
         dD = dD.sum((0, 1) if D.dim() == 2 else (0, 1, 3)).to(D.dtype)
     return dx, dweights.to(weights.dtype), dlogs.to(log_decays.dtype), dB, dC, dD, dz, dinitial
-
-
-def _gradients_of_some_heads(
-    dout: Tensor,
-    x: Tensor,
-    z: Tensor | None,
-    dx: Tensor,
-    dz: Tensor | None,
-    dweights: Tensor,
-    dlogs: Tensor,
-    dD: Tensor | None,
-    B: Tensor,
-    C: Tensor,
-    dB: Tensor,
-    dC: Tensor,
-    D: Tensor | None,
-    initial: Tensor | None,
-    dfinal: Tensor | None,
-    prepared: Prepared,
-    tile: Tiling,
-    block_heads: int,
-    add: bool,
-) -> Tensor | None:
-    """Fill the gradients of these heads (``add``: dB and dC to what lies there); returns initial's."""
-    weights, logs, owners = prepared
-    batch, length, heads, channels = x.shape
-    groups, d_state = B.shape[2:]
-    tiles = weights.shape[2] // tile.Q
-    kept = torch.bfloat16 if tile.operand == tl.bfloat16 else torch.float32
-    befores, afters = (
-        torch.empty(batch, tiles, heads, channels, d_state, dtype=kept, device=x.device) for _ in range(2)
-    )
-    dinitial = None if initial is None else torch.empty_like(initial)
-    Segments(x, B, prepared, tile, initial, dout, z, C, dfinal).keep(befores, afters, dinitial)
-    ends = weights.stride(0), 0 if owners is None else owners.stride(0)
-    strides = [stride for t in (dout, x, B, C, z) for stride in row_strides(t)]
-    sizes = {"P": channels, "N": d_state, **tile.sizes}
-    launch(
-        input_gradients_kernel, (batch * tiles * heads,),
-        dout, x, weights, logs, B, C, D, z, owners, befores, afters, dx, dweights, dlogs, dD, dz,
-        length, heads, heads // groups, tiles, *strides, *skip_strides(D),
-        *dx.stride()[:2], *dweights.stride()[:2], *row_strides(dD)[:2], *ends, **sizes, num_warps=4,
-    )  # fmt: skip
-    blocks = heads // block_heads
-    count = batch * tiles * blocks
-    launch(
-        vector_gradients_kernel, (2 * count,),
-        dout, x, weights, logs, B, C, z, owners, befores, afters, dB, dC,
-        length, heads, heads // groups, tiles, blocks, block_heads, count, *strides, *dB.stride()[:4], *ends,
-        **sizes, ADD=add, num_warps=4,
-    )  # fmt: skip
-    return dinitial
 
 
 def heads_at_once(heads: int, share: int, most: int) -> int:

@@ -113,6 +113,11 @@ def prepare_kernel(
         tl.store(logs + place, log, mask=h < heads)
 
 
+def ceil_div(a: int, b: int) -> int:
+    """As triton.cdiv, which outside a kernel takes as long as a small launch."""
+    return -(-a // b)
+
+
 class Prepared(NamedTuple):
     """What the kernels read of weights, decays and sequences: rows and logs (B, H, T Q), owners (B, 1 + T Q)."""
 
@@ -123,11 +128,11 @@ class Prepared(NamedTuple):
 
 def prepare(weights: Tensor, log_decays: Tensor, seq_idx: Tensor | None, Q: int) -> Prepared:
     batch, length, heads = weights.shape
-    tiles = triton.cdiv(length, Q)
+    tiles = ceil_div(length, Q)
     rows, logs = (torch.empty(batch, heads, tiles * Q, dtype=torch.float32, device=weights.device) for _ in range(2))
     launch(
         prepare_kernel, (batch * tiles,), weights, log_decays, rows, logs, length, heads, tiles,
-        *weights.stride(), *log_decays.stride(), Q=Q, BH=min(32, triton.next_power_of_2(heads)), num_warps=4,
+        *weights.stride(), *log_decays.stride(), Q=Q, BH=32, num_warps=4,
     )  # fmt: skip
     if seq_idx is None:
         return Prepared(rows, logs, None)
@@ -156,7 +161,7 @@ def tiling(x: Tensor, B: Tensor, C: Tensor) -> Tiling:
     """bfloat16 is multiplied as it is. float16 goes as tf32: as many places, and room for states beyond 65,504.
     float32, and whatever is mixed, as three products of tf32. The interpreter has no product of bfloat16.
     """
-    BP, BN = (max(16, triton.next_power_of_2(size)) for size in (x.shape[3], B.shape[3]))
+    BP, BN = (max(16, 1 << (size - 1).bit_length()) for size in (x.shape[3], B.shape[3]))
     dtypes = {x.dtype, B.dtype, C.dtype}
     if dtypes == {torch.bfloat16} and not dispatch.INTERPRETED:
         return Tiling(64, BP, BN, tl.bfloat16, "tf32")

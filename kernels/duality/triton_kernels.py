@@ -52,7 +52,8 @@ def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], in
     kernels = (prepare_kernel, states_kernel, join_kernel, ssd_forward_kernel)
     for dtype, options in cases:
         for kernel in (*kernels, input_gradients_kernel, vector_gradients_kernel):
-            keep = {"KEEP": "owners" not in options, "throughs": None} if kernel is states_kernel else {}
+            keep: dict[str, Any] = {"KEEP": True, "throughs": None} if "owners" in options else {"KEEP": False}
+            keep = keep if kernel is states_kernel else {}
             yield kernel, *_typed(kernel, dtype, shape | options | keep), 4
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from mambakit.kernels.duality.triton_common import (
     Prepared,
     Tiling,
+    ceil_div,
     load_decays,
     load_rows,
     row_strides,
@@ -27,8 +28,8 @@ from mambakit.kernels.duality.triton_common import (
 )
 from mambakit.kernels.launch import launch
 
-# Programs that keep an H200's 132 multiprocessors busy, and the fewest tiles that are worth one.
-PROGRAMS = 256
+# Programs that a cut of time is to give, for an H200's 132 multiprocessors, and the fewest tiles that are worth one.
+PROGRAMS = 512
 SHORTEST = 4
 # Segments read ahead of their addition, and numbers of a state that a program adds up.
 AHEAD = 8
@@ -45,26 +46,28 @@ def load_slopes(dout, z, t0, dout_l, z_l, i, p, length, P: tl.constexpr, BP: tl.
     return slopes
 
 
-@triton.jit(do_not_specialize=["length", "tiles", "segments", "segment_tiles", "share", "count"])
+@triton.jit(do_not_specialize=["length", "first_head", "tiles", "segments", "segment_tiles", "share", "count"])
 def states_kernel(
     x, dout, z, B, C, weights, logs, owners, entering, leaving, befores, afters, throughs, dinitial,
-    length, heads, share, tiles, segments, segment_tiles, count,
+    length, heads, first_head, all_heads, share, tiles, segments, segment_tiles, count,
     x_b, x_l, x_h, dout_b, dout_l, dout_h, z_b, z_l, z_h, B_b, B_l, B_g, C_b, C_l, C_g, row_b, owner_b,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Walks over segments: the first ``count`` = B * segments * H programs forwards, as many more backwards.
+    """Walks over segments of ``heads`` of all heads, from first_head on: the first ``count`` = B * segments * heads
+    programs forwards, as many more backwards.
 
-    KEEP: from ``entering`` and ``leaving`` (B, segments, H, P, N) or zeros, write the state before each tile to
-    befores and the gradient behind it to afters (B, tiles, H, P, N), and the gradient before them all to dinitial.
-    Else: from zeros, write each segment's own to befores and afters (B, segments, H, P, N), and to throughs
-    (B, segments, H) the decay through it.
+    KEEP: from ``entering`` and ``leaving`` (see ``Segments``) or zeros, write the state before each tile to befores and
+    the gradient behind it to afters (B, tiles, heads, P, N), and the gradient before them all to dinitial. Else: from
+    zeros, write each segment's own to befores and afters (B, segments, heads, P, N), and to throughs (B, segments,
+    heads) the decay through it.
     """
     program = tl.program_id(0) % count
     head = program % heads
     segment = program // heads % segments
     b = (program // heads // segments).to(tl.int64)
-    wide_head = head.to(tl.int64)
+    group = ((first_head + head) // share).to(tl.int64)
+    wide_head = (first_head + head).to(tl.int64)
     i, p, n = tl.arange(0, Q), tl.arange(0, BP), tl.arange(0, BN)
     place = p[:, None] * N + n[None, :]
     exists = (p < P)[:, None] & (n < N)[None, :]
@@ -75,12 +78,14 @@ def states_kernel(
     first = segment * segment_tiles
     last = tl.minimum(first + segment_tiles, tiles)
     mine = ((b * segments + segment) * heads + head) * P * N
+    whole = (b * all_heads + wide_head) * P * N  # where there is one segment, its borders are those of the sequence
+    border = whole if WHOLE else mine
     state = tl.zeros([BP, BN], tl.float32)
     if tl.program_id(0) < count:
         x += b * x_b + wide_head * x_h
-        B += b * B_b + (head // share).to(tl.int64) * B_g
+        B += b * B_b + group * B_g
         if KEEP and entering is not None:
-            state = tl.load(entering + mine + place, mask=exists, other=0.0).to(tl.float32)
+            state = tl.load(entering + border + place, mask=exists, other=0.0).to(tl.float32)
         through_all = tl.full([], 1.0, tl.float32)
         for tile in tl.range(first, last):
             t0 = tile * Q
@@ -98,11 +103,11 @@ def states_kernel(
             tl.store(befores + mine + place, state.to(befores.dtype.element_ty), mask=exists)
     elif dout is not None:
         dout += b * dout_b + wide_head * dout_h
-        C += b * C_b + (head // share).to(tl.int64) * C_g
+        C += b * C_b + group * C_g
         if z is not None:
             z += b * z_b + wide_head * z_h
         if KEEP and leaving is not None:
-            state = tl.load(leaving + mine + place, mask=exists, other=0.0).to(tl.float32)
+            state = tl.load(leaving + border + place, mask=exists, other=0.0).to(tl.float32)
         for tile in tl.range(last - 1, first - 1, -1):
             t0 = tile * Q
             _, _, carry, _, through = load_decays(weights, logs, owners, t0, i, Q)
@@ -116,13 +121,12 @@ def states_kernel(
         if not KEEP:
             tl.store(afters + mine + place, state.to(afters.dtype.element_ty), mask=exists)
         elif dinitial is not None:
-            there = dinitial + (b * heads + head) * P * N
-            tl.store(there + place, state.to(dinitial.dtype.element_ty), mask=exists & (segment == 0))
+            tl.store(dinitial + whole + place, state.to(dinitial.dtype.element_ty), mask=exists & (segment == 0))
 
 
 @triton.jit
 def join_states(
-    states, throughs, initial, row, heads, segments, piece,
+    states, throughs, initial, row, heads, first_head, all_heads, segments, piece,
     STATE: tl.constexpr, WIDTH: tl.constexpr, AHEAD: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """``join_kernel`` for some numbers, ``piece``, of the states of row and head ``row``."""
@@ -130,7 +134,9 @@ def join_states(
     inside = piece < STATE
     state = tl.zeros([WIDTH], tl.float32)
     if initial is not None:
-        state = tl.load(initial + row * STATE + piece, mask=inside, other=0.0).to(tl.float32)
+        state = tl.load(initial + (b * all_heads + first_head + head) * STATE + piece, mask=inside, other=0.0).to(
+            tl.float32
+        )
     for start in tl.range(0, segments, AHEAD):
         own, decay = (), ()
         for k in tl.static_range(AHEAD):
@@ -145,12 +151,12 @@ def join_states(
             state = scale(state, decay[k]) + own[k]
 
 
-@triton.jit(do_not_specialize=["heads", "segments", "count"])
+@triton.jit(do_not_specialize=["heads", "first_head", "all_heads", "segments", "count"])
 def join_kernel(
-    befores, afters, throughs, initial, dfinal, heads, segments, count,
+    befores, afters, throughs, initial, dfinal, heads, first_head, all_heads, segments, count,
     STATE: tl.constexpr, WIDTH: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """In place, the segments' own states to those that enter them. Grid (count * pieces, or twice that), count = B * H.
+    """The segments' own states to those that enter them. Grid (count * pieces, or twice that), count = B * heads.
 
     befores from ``initial`` on by the first programs, afters from ``dfinal`` back by the others.
     """
@@ -158,18 +164,41 @@ def join_kernel(
     piece = tl.program_id(0) % pieces * WIDTH + tl.arange(0, WIDTH)
     row = (tl.program_id(0) // pieces).to(tl.int64)
     if row < count:
-        join_states(befores, throughs, initial, row, heads, segments, piece, STATE, WIDTH, AHEAD, False)
+        join_states(
+            befores, throughs, initial, row, heads, first_head, all_heads, segments, piece, STATE, WIDTH, AHEAD, False
+        )
     elif afters is not None:
-        join_states(afters, throughs, dfinal, row - count, heads, segments, piece, STATE, WIDTH, AHEAD, True)
+        join_states(
+            afters,
+            throughs,
+            dfinal,
+            row - count,
+            heads,
+            first_head,
+            all_heads,
+            segments,
+            piece,
+            STATE,
+            WIDTH,
+            AHEAD,
+            True,
+        )
 
 
 class Segments:
-    """The cut of some heads' time, and the launches over it; forwards alone where there is no ``dout``.
+    """The cut of time for some heads at once, and the launches over it; forwards alone where there is no ``dout``.
 
     Args:
         x, B, prepared: what makes the states. B (B, L, G, N).
-        dout, z, C: what makes their gradients.
-        initial, dfinal: (B, H, P, N), contiguous: the state before, and the gradient behind, the whole sequence.
+        initial: (B, H, P, N), contiguous: the state before the whole sequence, zeros if None.
+        heads: how many at once.
+        enough: programs with which time need not be cut, since that costs another pass.
+        dout, z, C: what makes the gradients of the states.
+        dfinal: as initial, the gradient behind the sequence.
+
+    Attributes:
+        entering, leaving: (B, segments, heads, P, N), the state before and the gradient behind each segment, once
+            ``join`` has been called; of a single segment ``initial`` and ``dfinal``, of all heads.
     """
 
     def __init__(
@@ -179,56 +208,61 @@ class Segments:
         prepared: Prepared,
         tile: Tiling,
         initial: Tensor | None,
+        heads: int,
+        enough: int,
         dout: Tensor | None = None,
         z: Tensor | None = None,
         C: Tensor | None = None,
         dfinal: Tensor | None = None,
     ) -> None:
-        self.x, self.B, self.prepared, self.tile = x, B, prepared, tile
-        self.dout, self.z, self.C = dout, z, C
-        batch, _, heads, channels = x.shape
-        self.tiles = prepared.weights.shape[2] // tile.Q
-        self.segment_tiles = max(SHORTEST, triton.cdiv(self.tiles, triton.cdiv(PROGRAMS, batch * heads)))
-        self.segments = triton.cdiv(self.tiles, self.segment_tiles)
+        weights, logs, owners = prepared
+        batch, length, all_heads, channels = x.shape
+        self.d_state, self.heads, self.all_heads, self.batch = B.shape[3], heads, all_heads, batch
+        self.initial, self.dfinal = initial, dfinal
         self.directions = 1 if dout is None else 2
-        # The states that enter each segment (B, segments, H, P, N); of a single segment, the given ones.
+        self.tiles = weights.shape[2] // tile.Q
+        programs = batch * heads * self.directions
+        self.segment_tiles = self.tiles
+        if programs < enough:
+            self.segment_tiles = max(SHORTEST, ceil_div(self.tiles, ceil_div(PROGRAMS, programs)))
+        self.segments = ceil_div(self.tiles, self.segment_tiles)
         self.entering: Any = initial
         self.leaving: Any = dfinal
         if self.segments > 1:
-            shape = (batch, self.segments, heads, channels, B.shape[3])
+            shape = (batch, self.segments, heads, channels, self.d_state)
             self.entering = x.new_empty(shape, dtype=torch.float32)
             self.leaving = None if dout is None else torch.empty_like(self.entering)
-            throughs = x.new_empty(shape[:3], dtype=torch.float32)
-            self._walk(None, None, self.entering, self.leaving, throughs, None)
-            size = channels * B.shape[3]
-            launch(
-                join_kernel, (batch * heads * triton.cdiv(size, WIDTH) * self.directions,),
-                self.entering, self.leaving, throughs, initial, dfinal, heads, self.segments, batch * heads,
-                STATE=size, WIDTH=WIDTH, AHEAD=AHEAD, num_warps=4,
-            )  # fmt: skip
-
-    def keep(self, befores: Tensor, afters: Tensor, dinitial: Tensor | None) -> None:
-        """Fill befores and afters (B, tiles, H, P, N) and dinitial; see ``states_kernel``."""
-        self._walk(self.entering, self.leaving, befores, afters, None, dinitial)
-
-    def _walk(
-        self,
-        entering: Tensor | None,
-        leaving: Tensor | None,
-        befores: Tensor,
-        afters: Tensor | None,
-        throughs: Tensor | None,
-        dinitial: Tensor | None,
-    ) -> None:
-        weights, logs, owners = self.prepared
-        batch, length, heads, channels = self.x.shape
-        count = batch * self.segments * heads
-        launch(
-            states_kernel, (count * self.directions,),
-            self.x, self.dout, self.z, self.B, self.C, weights, logs, owners, entering, leaving, befores, afters,
-            throughs, dinitial,
-            length, heads, heads // self.B.shape[2], self.tiles, self.segments, self.segment_tiles, count,
-            *(stride for t in (self.x, self.dout, self.z, self.B, self.C) for stride in row_strides(t)),
+            self.throughs = x.new_empty(shape[:3], dtype=torch.float32)
+        self.inputs = (x, dout, z, B, C, weights, logs, owners)
+        self.numbers = (
+            all_heads, all_heads // B.shape[2], self.tiles, self.segments, self.segment_tiles,
+            batch * self.segments * heads,
+            *(stride for t in (x, dout, z, B, C) for stride in row_strides(t)),
             weights.stride(0), 0 if owners is None else owners.stride(0),
-            P=channels, N=self.B.shape[3], **self.tile.sizes, KEEP=throughs is None, num_warps=4,
+        )  # fmt: skip
+        self.length = length
+        self.sizes = {"P": channels, "N": self.d_state, **tile.sizes, "WHOLE": self.segments == 1}
+
+    def join(self, first_head: int) -> None:
+        """Fill ``entering`` and ``leaving`` for the heads from ``first_head`` on."""
+        if self.segments == 1:
+            return
+        self._walk(first_head, None, None, self.entering, self.leaving, self.throughs, None)
+        size, count = self.sizes["P"] * self.d_state, self.batch * self.heads
+        launch(
+            join_kernel, (count * ceil_div(size, WIDTH) * self.directions,),
+            self.entering, self.leaving, self.throughs, self.initial, self.dfinal,
+            self.heads, first_head, self.all_heads, self.segments, count,
+            STATE=size, WIDTH=WIDTH, AHEAD=AHEAD, num_warps=4,
+        )  # fmt: skip
+
+    def keep(self, first_head: int, befores: Tensor, afters: Tensor, dinitial: Tensor | None) -> None:
+        """Fill befores and afters (B, tiles, heads, P, N), and these heads of dinitial; see ``states_kernel``."""
+        self._walk(first_head, self.entering, self.leaving, befores, afters, None, dinitial)
+
+    def _walk(self, first_head: int, *states: Tensor | None) -> None:
+        launch(
+            states_kernel, (self.batch * self.segments * self.heads * self.directions,),
+            *self.inputs, *states, self.length, self.heads, first_head, *self.numbers,
+            **self.sizes, KEEP=states[4] is None, num_warps=4,
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -58,7 +59,7 @@ def weighted_ssd(
     Raises:
         ValueError: an unknown backend, or one that cannot serve the call.
     """
-    chosen = dispatch.choose(NAME, backend, x, _not_in_triton(x, weights, log_decays, B, C)).backend
+    chosen = dispatch.choose(NAME, backend, x, not_in_triton(x, weights, log_decays, B, C)).backend
     tensors = (x, weights, log_decays, B, C, D, z, initial_state, seq_idx)
     if chosen == "reference":
         return ssd_reference(*tensors)
@@ -75,7 +76,13 @@ def _implementation(backend: str) -> ModuleType:
     return chunked
 
 
-def _not_in_triton(x: Tensor, weights: Tensor, log_decays: Tensor, B: Tensor, C: Tensor) -> str | None:
+def _chosen_dtypes(backend: str, tensor: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off for vectorised PyTorch, whose products are of float32 at least; no kernel asks for it."""
+    return nullcontext() if backend == "triton" else torch.autocast(tensor.device.type, enabled=False)
+
+
+def not_in_triton(x: Tensor, weights: Tensor, log_decays: Tensor, B: Tensor, C: Tensor) -> str | None:
+    """Why the Triton kernels do not take a call of weights and decays, or of dt and A in their places."""
     if ssd_dtype(x, weights, log_decays, B, C) == torch.float64:
         return "an argument is float64, and the kernel computes in float32"
     if x.shape[3] > 128:
@@ -146,7 +153,7 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors = (x, weights, log_decays, B, C, D, z, initial_state, seq_idx)
-    with torch.autocast(x.device.type, enabled=False):
+    with _chosen_dtypes(backend, x):
         gradients = _implementation(backend).ssd_backward(dout, dfinal_state, *tensors, starts, chunk_size)
     # An operator returns tensors only: an empty one stands for the gradient of an argument that was not given.
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)  # type: ignore[return-value]

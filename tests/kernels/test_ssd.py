@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mambakit.kernels import selective_scan, ssd, use_backend
-from mambakit.kernels.duality import chunked, weighted, weighted_ssd
+from mambakit.kernels.duality import chunked, steps, weighted, weighted_ssd
 from mambakit.kernels.testing import assert_close, poisoned_memory, random_tensor
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -261,7 +261,7 @@ def test_every_element_is_written_and_strides_do_not_matter(backend):
         {"length": TILE - 1, "D": "head", "groups": 1},
         {"length": TILE, "optional": False},
         {"length": TILE + 1, "packed": True, "groups": 4},
-        {"length": 2 * TILE + 3, "batch": 1},
+        {"length": 2 * TILE + 3, "batch": 1, "dt_softplus": False},
         {"length": 2 * TILE + 3, "batch": 1, "packed": True, "dt_limit": (0.3, 1.1)},
         {"length": 6 * TILE - 5, "batch": 1, "heads": 2, "groups": 1, "packed": True},
         {"length": 5 * TILE, "batch": 1, "heads": 2, "channels": 16, "d_state": 20},
@@ -275,7 +275,8 @@ def test_triton_gives_the_outputs_and_gradients_of_the_definition(options, cut, 
 
     monkeypatch.setattr(triton_states, "SHORTEST", 1000 if cut == "whole" else 1)
     monkeypatch.setattr(triton_backward, "PROGRAMS", 1 if cut == "whole" else 1000)
-    monkeypatch.setattr(triton_backward, "KEPT", 1 << 25 if cut == "whole" else 1)
+    if cut == "cut":
+        monkeypatch.setattr(triton_backward, "heads_at_once", lambda heads, share, most: 1)
     given = arguments(dtype=torch.float32, device=device_of("triton"), **options)
     wide = {n: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in given.items()}
     with poisoned_memory():
@@ -306,6 +307,11 @@ def test_operator_check(backend):
         out, final, starts = weighted._ssd(*tensors, *options)
     tensors = [tensor.detach() for tensor in tensors]
     torch.library.opcheck(weighted._ssd_backward, (out, final, *tensors, options[0], starts, *options[1:]))
+    if backend == "triton":
+        leaves = [given[name].clone().requires_grad_() for name in ("dt", "A", "dt_bias")]
+        torch.library.opcheck(steps._steps, (*leaves, True, 0.1, 2.0))
+        dt, A, bias = (leaf.detach() for leaf in leaves)
+        torch.library.opcheck(steps._steps_backward, (dt, dt, dt, A, bias, True, 0.1, 2.0))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
