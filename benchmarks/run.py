@@ -4,12 +4,12 @@
     python benchmarks/run.py --only scan conv --shapes lm vim_tiny  # some parts, some shapes
     python benchmarks/run.py --json figures.json --chart time_against_length.png
 
-Parts: scan, conv, ssd, norm, loss, updates, s4 (operators, each checked against float64 in poisoned memory before it is
-timed); accuracy (the scan's errors by dtype and length, and beyond 2^31 elements); sweep (time against length: scan,
-attention, vectorised PyTorch); train and generate (whole models); vim (Vision Mamba); million (1,048,576 tokens forward
-and backward through a 130M backbone). Peers that are installed (mamba_ssm, causal_conv1d, fla, mambapy) run beside
-ours, after their results have been compared with ours; on an H200 the recorded times of mamba_ssm and causal-conv1d are
-shown, too.
+Parts: scan, conv, ssd, trapezoid, norm, loss, updates, s4 (operators, each checked against float64 in poisoned memory
+before it is timed); accuracy (the scan's errors by dtype and length, and beyond 2^31 elements); sweep (time against
+length: scan, attention, vectorised PyTorch); train and generate (whole models); vim (Vision Mamba); million (1,048,576
+tokens forward and backward through a 130M backbone). Peers that are installed (mamba_ssm, causal_conv1d, fla, mambapy)
+run beside ours, after their results have been compared with ours; on an H200 the recorded times of mamba_ssm and
+causal-conv1d are shown, too.
 
 Inputs are drawn afresh each time; ``--seed`` repeats a run. A ratio is a peer's time over ours: above 1 we are faster.
 ``of floor`` is the time that no kernel on this GPU goes below (see each part's file) over ours. ``harness.py`` says how
@@ -35,12 +35,22 @@ import norm
 import scan
 import ssd
 import torch
+import trapezoid
 import updates
 import vision_block
 import whole
 from harness import BOTH, FORWARD, SHORT, Ceilings, describe_machine, measure, measure_ceilings
 
-OPERATORS = {"scan": scan, "conv": conv, "ssd": ssd, "norm": norm, "loss": loss, "updates": updates, "s4": kernels_s4}
+OPERATORS = {
+    "scan": scan,
+    "conv": conv,
+    "ssd": ssd,
+    "trapezoid": trapezoid,
+    "norm": norm,
+    "loss": loss,
+    "updates": updates,
+    "s4": kernels_s4,
+}
 PARTS = (*OPERATORS, "accuracy", "sweep", "train", "generate", "vim", "million")
 RARE = ("million",)
 COLUMNS = (

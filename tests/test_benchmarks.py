@@ -16,6 +16,7 @@ MODULES = (
     "scan",
     "conv",
     "ssd",
+    "trapezoid",
     "norm",
     "loss",
     "updates",
@@ -62,6 +63,22 @@ def test_the_check_of_ssd_stops_at_a_wrong_number_through_triton(bench, monkeypa
     else:
         with pytest.raises(AssertionError, match="ssd toy: out: relative RMS difference"):
             bench.ssd.check("toy", given)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.02])
+def test_the_check_of_trapezoid_stops_at_a_wrong_number_through_triton(bench, monkeypatch, factor):
+    right = bench.trapezoid.trapezoidal_ssd
+
+    def spoilt(backend, **given):
+        return right(**given, backend=backend) * (factor if backend == "triton" else 1.0)
+
+    monkeypatch.setattr(bench.trapezoid, "trapezoidal_ssd", spoilt)
+    given = bench.trapezoid.inputs(bench.trapezoid.Shape("toy", 2, 40, 8), heads=3, channels=6)
+    if factor == 1.0:
+        assert set(bench.trapezoid.check("toy", given)) == {"out", *(f"grad {n}" for n in bench.trapezoid.LEAVES)}
+    else:
+        with pytest.raises(AssertionError, match="trapezoid toy: out: relative RMS difference"):
+            bench.trapezoid.check("toy", given)
 
 
 def toy_scan(bench, dtype=torch.float32, **sizes):
