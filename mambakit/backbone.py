@@ -19,7 +19,9 @@ from mambakit.kernels import rms_norm
 from mambakit.mixers.base import RightPadded, SequenceMixer, State, check_sequence, check_state_kind
 from mambakit.mlp import Experts, MixtureOfExperts, MLPName, mlp_factory
 
-MixerName = Literal["mamba1", "mamba2", "mamba3", "s4", "s4d", "dss", "s4nd", "s5", "attention", "bidirectional", "vim"]
+MixerName = Literal[
+    "mamba1", "mamba2", "mamba3", "s4", "s4d", "dss", "s4nd", "s5", "attention", "bidirectional", "vim", "ss2d"
+]
 MIXER_HOMES = {
     "mamba1": "mambakit.mixers.mamba1:Mamba1",
     "mamba2": "mambakit.mixers.mamba2:Mamba2",
@@ -32,6 +34,7 @@ MIXER_HOMES = {
     "attention": "mambakit.mixers.attention:Attention",
     "bidirectional": "mambakit.mixers.bidirectional:Bidirectional",
     "vim": "mambakit.mixers.vim:VimMixer",
+    "ss2d": "mambakit.mixers.ss2d:SS2D",
 }
 LETTERS = {
     "a": "attention",

@@ -11,7 +11,10 @@ import torch
 from torch import nn
 
 # Decay would pull the memory's time constants towards one value: these are never decayed, whatever their shape.
-SPARED_NAMES = ("A_log", "A_b_log", "D", "D_b", "dt_bias", "log_A_real", "A_imag", "pos_embed", "cls_token")
+SPARED_NAMES = (
+    *("A_log", "A_b_log", "A_logs", "D", "D_b", "Ds", "dt_bias", "dt_projs_bias", "log_A_real", "A_imag"),
+    *("pos_embed", "cls_token"),
+)
 
 
 @dataclass

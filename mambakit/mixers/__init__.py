@@ -10,6 +10,7 @@ from mambakit.mixers.s4 import S4, S4State
 from mambakit.mixers.s4d import DSS, S4D, S4DState
 from mambakit.mixers.s4nd import S4ND, S4NDConv
 from mambakit.mixers.s5 import S5, S5State
+from mambakit.mixers.ss2d import SS2D
 from mambakit.mixers.vim import VimMixer
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "S4D",
     "S4ND",
     "S5",
+    "SS2D",
     "Attention",
     "AttentionState",
     "Bidirectional",

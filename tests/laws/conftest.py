@@ -10,7 +10,7 @@ import torch
 
 from mambakit import Backbone
 from mambakit.kernels.testing import random_tensor
-from mambakit.mixers import DSS, S4, S4D, S4ND, S5, Attention, Bidirectional, Mamba1, Mamba2, Mamba3, VimMixer
+from mambakit.mixers import DSS, S4, S4D, S4ND, S5, SS2D, Attention, Bidirectional, Mamba1, Mamba2, Mamba3, VimMixer
 from mambakit.mlp import MixtureOfExperts, SwiGLU
 
 D_MODEL = 8
@@ -81,6 +81,15 @@ CASES = [
     ),
     Case("s5", partial(S5, d_state=4, dt_min=0.1, dt_max=1.0)),
     Case("s5-blocks", partial(S5, d_state=8, blocks=2, rate=8.0, lr=1e-3)),
+    Case("ss2d", partial(SS2D, grid=(None, 3), dt_min=0.1, dt_max=1.0), causal=False, packs=False),
+    Case(
+        "ss2d-gate",
+        partial(
+            SS2D, grid=(None, 2), d_state=2, gate=True, conv_bias=True, bias=True, dt_rank=2, dt_min=0.1, dt_max=1.0
+        ),
+        causal=False,
+        packs=False,
+    ),
     Case("vim", partial(VimMixer, d_state=3), causal=False),
     Case("vim-bias-sum", partial(VimMixer, d_state=2, d_conv=3, expand=3, bias=True, divide_out=False), causal=False),
     Case("bidirectional-mamba1", partial(Bidirectional, mixer=partial(Mamba1, d_state=2, bias=True)), causal=False),
