@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambakit.kernels.inner import mamba2_steps
 from mambakit.kernels.inner.fused import weight_gradient
 from mambakit.kernels.inner.mamba2_reference import (
     Arguments,
@@ -43,28 +44,26 @@ class Kept(NamedTuple):
     inputs: Tensor
 
 
-def implementations(backend: str) -> tuple[ModuleType, ModuleType, ModuleType, ModuleType]:
-    """The modules that hold the convolution, the step sizes, the recurrence and the norm. Triton loads here."""
+def implementations(backend: str) -> tuple[ModuleType, ModuleType, ModuleType]:
+    """The modules that hold the convolution, the recurrence and the norm. Triton loads here."""
     if backend == "triton":
         from mambakit.kernels.conv import triton_launch as conv
         from mambakit.kernels.duality import triton_kernels as ssd
-        from mambakit.kernels.inner import triton_steps as stepping
         from mambakit.kernels.norm import triton_launch as norm
     else:
         from mambakit.kernels.conv import chunked as conv  # type: ignore[no-redef]
         from mambakit.kernels.duality import chunked as ssd  # type: ignore[no-redef]
-        from mambakit.kernels.inner import mamba2_steps as stepping  # type: ignore[no-redef]
         from mambakit.kernels.norm import chunked as norm  # type: ignore[no-redef]
-    return conv, stepping, ssd, norm
+    return conv, ssd, norm
 
 
 def forward(given: Arguments, options: Options, backend: str) -> tuple[Tensor, Tensor, Kept]:
     """out (B, L, M), the final state (B, H, P, N), and what the backward wants."""
-    conv, stepping, ssd, norm = implementations(backend)
+    conv, ssd, norm = implementations(backend)
     size = sizes(given, options.ngroups)
     gate, value, z, xBC, dt = split(given.projected, size)
     xBC = _convolve(given, xBC, conv)
-    recurrence = _recurrence(given, options, size, xBC, z, dt, stepping)
+    recurrence = _recurrence(given, options, size, xBC, z, dt, backend)
     y, final_state, starts = ssd.ssd_forward(*recurrence, options.chunk_size)
     y = normed = _tokens(y.flatten(2))
     rstd = y.new_empty(0, dtype=torch.promote_types(y.dtype, torch.float32))
@@ -89,7 +88,7 @@ def backward(
     """The gradients of ``given``, each with its argument's shape and dtype; None for seq_idx, lengths, and what is
     not given.
     """
-    conv, stepping, ssd, norm = implementations(backend)
+    conv, ssd, norm = implementations(backend)
     size = sizes(given, options.ngroups)
     dout = dout.reshape(-1, dout.shape[-1])
     dinputs = dout @ given.out_proj_weight.to(dout.dtype)
@@ -115,7 +114,7 @@ def backward(
     dout_proj_weight = weight_gradient(dout, inputs, given.out_proj_weight)
     del inputs, y
     xBC = kept.xBC if kept.xBC.numel() else _convolve(given, x_in, conv)
-    arguments = _recurrence(given, options, size, xBC, z, dt, stepping)
+    arguments = _recurrence(given, options, size, xBC, z, dt, backend)
     dy = dy.reshape(*xBC.shape[:2], size.heads, size.channels)
     dx, dsteps, ddecays, dB, dC, dD, dz_heads, dssm_state = ssd.ssd_backward(
         dy, dfinal_state, *arguments, kept.starts, options.chunk_size
@@ -129,7 +128,9 @@ def backward(
         dconvolved, x_in, given.conv_weight, given.conv_bias, given.conv_state, given.seq_idx, True, False, dx=dxBC
     )
     limit = (options.least_step, options.most_step)
-    ddt_bias, dA = stepping.backward(dsteps, ddecays, dt, given.dt_bias, given.A, given.lengths, *limit, ddt)
+    step_inputs = (dt, given.dt_bias, given.A, given.lengths)
+    raw_ddt, ddt_bias, dA = mamba2_steps.backward(dsteps, ddecays, *step_inputs, *limit, backend)
+    ddt.copy_(raw_ddt)
     return Arguments(
         projected=dprojected,
         conv_weight=dconv_weight,
@@ -158,13 +159,13 @@ def _convolve(given: Arguments, xBC: Tensor, conv: ModuleType) -> Tensor:
 
 
 def _recurrence(
-    given: Arguments, options: Options, size: Sizes, xBC: Tensor, z: Tensor, dt: Tensor, stepping: ModuleType
+    given: Arguments, options: Options, size: Sizes, xBC: Tensor, z: Tensor, dt: Tensor, backend: str
 ) -> tuple[Any, ...]:
     """The arguments of the recurrence, from x to seq_idx; xBC is the convolution's output."""
     x, B, C = heads(xBC, size)
     gate = z.unflatten(-1, (size.heads, size.channels)) if given.norm_weight is None else None
     limit = (options.least_step, options.most_step)
-    steps, decays = stepping.forward(dt, given.dt_bias, given.A, given.lengths, *limit)
+    steps, decays = mamba2_steps.forward(dt, given.dt_bias, given.A, given.lengths, *limit, backend)
     return x, steps, decays, B, C, per_head(given.D, size), gate, given.ssm_state, given.seq_idx
 
 

@@ -229,7 +229,7 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     exact = torch.promote_types(torch.promote_types(projected.dtype, given.A.dtype), torch.float32)
     wide = torch.promote_types(projected.dtype, torch.float32)
     state = (batch, size.heads, size.channels, size.states)
-    spans = mamba2.implementations(backend)[2].span_count(
+    spans = mamba2.implementations(backend)[1].span_count(
         projected.new_empty(batch, length, size.heads, size.channels), options.chunk_size
     )
     again, normed = backend == "triton", given.norm_weight is not None

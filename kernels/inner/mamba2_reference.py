@@ -93,7 +93,7 @@ def mamba2_inner(given: Arguments, options: Options) -> tuple[Tensor, Tensor]:
     )
     x, B, C = heads(xBC, size)
     limit = (options.least_step, options.most_step)
-    steps, decays = mamba2_steps.forward(dt, given.dt_bias, given.A, given.lengths, *limit)
+    steps, decays = mamba2_steps.forward(dt, given.dt_bias, given.A, given.lengths, *limit, "reference")
     inner_gate = z.unflatten(-1, (size.heads, size.channels)) if given.norm_weight is None else None
     y, final_state = ssd_reference(
         x, steps, decays, B, C, per_head(given.D, size), inner_gate, given.ssm_state, given.seq_idx

@@ -1,4 +1,4 @@
-"""Step sizes and decays of the Mamba-2 block in PyTorch, and their gradients.
+"""Step sizes and decays of the Mamba-2 block, and their gradients: those of ``ssd``, standing still at padding.
 
 With r = dt + dt_bias: steps = clamp(softplus(r), *dt_limit), 0 at padding whatever the limits; decays = steps A.
 
@@ -15,14 +15,18 @@ from mambakit.kernels.duality.reference import step_sizes
 
 
 def forward(
-    dt: Tensor, dt_bias: Tensor, A: Tensor, lengths: Tensor | None, least: float, most: float
+    dt: Tensor, dt_bias: Tensor, A: Tensor, lengths: Tensor | None, least: float, most: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Steps and decays (B, L, H), float32 or wider, from dt (B, L, H), dt_bias and A (H,); differentiable."""
-    dtype = torch.promote_types(torch.promote_types(dt.dtype, A.dtype), torch.float32)
-    steps = step_sizes(dt, dt_bias, True, (least, most), dtype)
-    if lengths is not None:
-        steps = steps.masked_fill(_padding(dt, lengths), 0)
-    return steps, steps * A.to(dtype)
+    """Steps and decays (B, L, H), float32 or wider, of dt (B, L, H), dt_bias and A (H,); in PyTorch differentiable."""
+    if backend == "triton":
+        from mambakit.kernels.duality import triton_steps
+
+        steps, decays = triton_steps.steps(dt, A, dt_bias, True, least, most)
+    else:
+        dtype = torch.promote_types(torch.promote_types(dt.dtype, A.dtype), torch.float32)
+        steps = step_sizes(dt, dt_bias, True, (least, most), dtype)
+        decays = steps * A.to(dtype)
+    return _at_real(steps, lengths), _at_real(decays, lengths)
 
 
 def backward(
@@ -34,22 +38,29 @@ def backward(
     lengths: Tensor | None,
     least: float,
     most: float,
-    ddt: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of dt_bias and A; that of dt is written into ``ddt``, of its shape and dtype and any strides."""
-    steps, _ = forward(dt, dt_bias, A, lengths, least, most)
-    raw = dt.to(steps.dtype) + dt_bias.to(steps.dtype)
-    slope = torch.sigmoid(raw)
-    if (least, most) != (0.0, float("inf")):
-        free = F.softplus(raw)
-        slope = slope.masked_fill((free < least) | (free > most), 0)
-    if lengths is not None:
-        slope = slope.masked_fill(_padding(dt, lengths), 0)
-    draw = (dsteps + ddecays * A.to(steps.dtype)) * slope
-    ddt.copy_(draw)
-    return draw.sum((0, 1)).to(dt_bias.dtype), (ddecays * steps).sum((0, 1)).to(A.dtype)
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of dt, dt_bias and A."""
+    dsteps, ddecays = _at_real(dsteps, lengths), _at_real(ddecays, lengths)
+    if backend == "triton":
+        from mambakit.kernels.duality import triton_steps
+
+        ddt, (ddt_bias, dA) = triton_steps.steps_backward(dsteps, ddecays, dt, A, dt_bias, True, least, most)
+    else:
+        steps, _ = forward(dt, dt_bias, A, None, least, most, backend)
+        raw = dt.to(steps.dtype) + dt_bias.to(steps.dtype)
+        slope = torch.sigmoid(raw)
+        if (least, most) != (0.0, float("inf")):
+            free = F.softplus(raw)
+            slope = slope.masked_fill((free < least) | (free > most), 0)
+        ddt = (dsteps + ddecays * A.to(steps.dtype)) * slope
+        ddt_bias, dA = ddt.sum((0, 1)), (ddecays * steps).sum((0, 1))
+    return ddt, ddt_bias.to(dt_bias.dtype), dA.to(A.dtype)
 
 
-def _padding(dt: Tensor, lengths: Tensor) -> Tensor:
-    """(B, L, 1) bool, True at and past ``lengths`` (B,)."""
-    return (torch.arange(dt.shape[1], device=dt.device) >= lengths.unsqueeze(1)).unsqueeze(-1)
+def _at_real(tensor: Tensor, lengths: Tensor | None) -> Tensor:
+    """(B, L, H) with 0 at and past ``lengths`` (B,)."""
+    if lengths is None:
+        return tensor
+    padding = torch.arange(tensor.shape[1], device=tensor.device) >= lengths.unsqueeze(1)
+    return tensor.masked_fill(padding.unsqueeze(-1), 0)
