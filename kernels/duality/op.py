@@ -59,8 +59,8 @@ def ssd(
             ``initial_state`` reaches only the first one.
         return_final_state: also return the state after the last element.
         backend: "auto", "triton", "torch" (by chunks) or "reference" (a loop over time); see
-            ``mambakit.kernels.dispatch``. float64 arguments, heads of more than 128 channels and more than 256 states
-            are served by "torch".
+            ``mambakit.kernels.dispatch``. float64 arguments, P over 128, N over 256 and P N over 16,384 (8,192
+            but in bfloat16) are served by "torch".
 
     Returns:
         out (B, L, H, P) in x's dtype, or ``(out, final_state)`` with final_state (B, H, P, N). States and arithmetic

@@ -38,8 +38,9 @@ from mambakit.kernels.duality.triton_common import (
 from mambakit.kernels.duality.triton_states import Segments, load_slopes
 from mambakit.kernels.launch import launch
 
-# Numbers of the states kept at once, before and behind, or as many as x has: beyond it heads are taken in parts.
-KEPT = 1 << 25
+# Numbers of the states kept at once, before and behind: twice as many as x has, within these bounds. Beyond that, heads
+# are taken in parts.
+LEAST_KEPT, MOST_KEPT = 1 << 25, 1 << 27
 # Programs that keep an H200's 132 multiprocessors busy: fewer of them take more heads, and leave fewer parts to add up.
 PROGRAMS = 256
 # Programs with which the walks that make the states cut no time, see ``Segments``.
@@ -253,8 +254,8 @@ def ssd_backward(
         dD = None if D is None else new(batch, tiles, heads, channels)
         initial, dfinal = (None if t is None else t.contiguous() for t in (initial_state, dfinal_state))
         dinitial = None if initial is None else torch.empty_like(initial)
-        states = 2 * batch * tiles * channels * d_state
-        at_once = heads_at_once(heads, share, max(KEPT, x.numel()) // states)
+        states = 2 * batch * tiles * channels * d_state  # of one head
+        at_once = heads_at_once(heads, share, max(LEAST_KEPT, min(2 * x.numel(), MOST_KEPT)) // states)
         some = min(share, at_once)
         block_heads = heads_of_a_block(some, batch * tiles * (at_once // some))
         parts, blocks = some // block_heads, at_once // block_heads

@@ -32,22 +32,13 @@ def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], in
     constexpr None.
     """
     absent = dict.fromkeys(("z", "owners", "dz", "initial", "entering", "D", "dD"))
-    shape = {
-        "P": 64,
-        "BP": 64,
-        "WIDTH": 512,
-        "AHEAD": 8,
-        "BH": 32,
-        "SEGMENT": 2,
-        "STAGES": 2,
-        "STATE": 8192,
-        "ADD": True,
-    }
+    shape = {"WIDTH": 512, "AHEAD": 8, "BH": 32, "STAGES": 2, "STATE": 8192, "ADD": True, "WHOLE": False}
+    narrow: dict[str, Any] = {"P": 64, "BP": 64, "Q": 64, "OPERAND": tl.bfloat16, "PRECISION": "tf32"}
+    wide: dict[str, Any] = {"P": 24, "BP": 32, "Q": 32, "OPERAND": tl.float32, "PRECISION": "tf32x3"}
     cases: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("bf16", {"N": 128, "BN": 128, "Q": 64, "OPERAND": tl.bfloat16, "PRECISION": "tf32"}),
-        ("bf16", {"N": 64, "BN": 64, "Q": 64, "OPERAND": tl.bfloat16, "PRECISION": "tf32"} | absent),
-        ("fp16", {"N": 64, "BN": 64, "Q": 32, "OPERAND": tl.float32, "PRECISION": "tf32"} | absent),
-        ("fp32", {"N": 48, "BN": 64, "Q": 32, "OPERAND": tl.float32, "PRECISION": "tf32x3"}),
+        ("bf16", narrow | {"N": 128, "BN": 128}),
+        ("bf16", narrow | {"N": 64, "BN": 64} | absent),
+        ("fp32", wide | {"N": 16, "BN": 16}),
     )
     kernels = (prepare_kernel, states_kernel, join_kernel, ssd_forward_kernel)
     for dtype, options in cases:

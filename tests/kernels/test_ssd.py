@@ -392,8 +392,9 @@ def test_auto_on_the_cpu_is_torch():
     ("options", "words"),
     [
         ({"dtype": torch.float64}, "float64"),
-        ({"channels": 129, "length": 1}, "129 channels"),
-        ({"d_state": 257, "length": 1}, "d_state is 257"),
+        ({"channels": 129, "length": 1}, "129 channels of 5 states"),
+        ({"d_state": 257, "length": 1}, "3 channels of 257 states"),
+        ({"d_state": 256, "channels": 65, "length": 1, "heads": 2}, "65 channels of 256 states"),
     ],
     ids=str,
 )
