@@ -151,7 +151,7 @@ def test_gradcheck(backend):
 def test_narrow_inputs_are_computed_in_float32(dtype, device):
     given = arguments(length=70, chunk_size=32, dtype=dtype, device=device)
     wide = {name: value.double() if isinstance(value, Tensor) else value for name, value in given.items()}
-    got, want = run(given), run(wide, backend="reference")
+    got, want = run(given, backend="torch"), run(wide, backend="reference")
     assert got["out"].dtype == dtype and got["final"].dtype == torch.float32
     for name in want:
         if name != "final" and name != "out":
@@ -281,7 +281,7 @@ def test_triton_gives_the_outputs_and_gradients_of_the_definition(options, cut, 
     wide = {n: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in given.items()}
     with poisoned_memory():
         got = run(given, backend="triton")
-    check(got, run(wide, backend="reference"))
+    check(got, run(wide, backend="reference"), 3e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
