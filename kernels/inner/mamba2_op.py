@@ -9,8 +9,10 @@ from torch import Tensor
 
 from mambakit.kernels.checks import FLOATS, check_device, check_dtype, check_seq_idx, check_shape
 from mambakit.kernels.dispatch import choose
+from mambakit.kernels.duality.weighted import not_in_triton
 from mambakit.kernels.inner import mamba2, mamba2_reference
 from mambakit.kernels.inner.mamba2_reference import Arguments, Options
+from mambakit.kernels.norm.op import MAX_TRITON_CHANNELS
 from mambakit.kernels.registration import call, register
 
 NAME = "mamba2_inner"
@@ -168,13 +170,12 @@ def _not_in_triton(given: Arguments, options: Options) -> str | None:
     size = mamba2_reference.sizes(given, options.ngroups)
     if any(tensor is not None and tensor.dtype == torch.float64 for tensor in given):
         return "an argument is float64, and its kernels compute in float32"
-    if size.channels > 128 or size.states > 256:
-        return (
-            f"a head has {size.channels} channels of {size.states} states, and the kernel of ssd holds at most 128 of "
-            "256"
-        )
-    if given.norm_weight is not None and size.inner // size.groups > 8192:
-        return f"a group of the norm has {size.inner // size.groups} channels, and its kernel holds at most 8192"
+    x, B, C = mamba2_reference.heads(mamba2_reference.split(given.projected, size)[3], size)
+    if (reason := not_in_triton(x, given.A, given.A, B, C)) is not None:
+        return reason
+    if given.norm_weight is not None and size.inner // size.groups > MAX_TRITON_CHANNELS:
+        channels = size.inner // size.groups
+        return f"a group of the norm has {channels} channels, and its kernel holds at most {MAX_TRITON_CHANNELS}"
     return None
 
 

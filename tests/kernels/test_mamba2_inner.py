@@ -144,6 +144,20 @@ def test_bfloat16(backend: str) -> None:
     compare(given, backend, tolerance=0.03)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"heads": 1, "channels": 130}, "130 channels"),
+        ({"states": 257}, "257 states"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"heads": 128, "channels": 65, "length": 1}, "8320 channels"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_said(sizes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call(moved(inputs(**sizes)), backend="triton")
+
+
 def test_autocast_decides_the_dtype() -> None:
     for backend in ("reference", "torch"):
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
