@@ -8,13 +8,22 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mambakit.registry import register_with_timm
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from mambakit.backbone import Backbone as Backbone
     from mambakit.models.language_model import LanguageModel as LanguageModel
+    from mambakit.swap import swap_convolutions as swap_convolutions
+    from mambakit.swap import swap_mixers as swap_mixers
 
-_HOMES = {"Backbone": "mambakit.backbone", "LanguageModel": "mambakit.models.language_model"}
+_HOMES = {
+    "Backbone": "mambakit.backbone",
+    "LanguageModel": "mambakit.models.language_model",
+    "swap_convolutions": "mambakit.swap",
+    "swap_mixers": "mambakit.swap",
+}
 _ROOMS = (
     "kernels",
     "mixers",
@@ -28,7 +37,7 @@ _ROOMS = (
     "optim",
 )
 
-__all__ = ["Backbone", "LanguageModel", "__version__"]
+__all__ = ["Backbone", "LanguageModel", "__version__", "swap_convolutions", "swap_mixers"]
 
 
 def __getattr__(name: str) -> Any:
@@ -41,3 +50,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*__all__, *_ROOMS])
+
+
+register_with_timm()
