@@ -122,8 +122,9 @@ class VisionMamba(nn.Module):
         """Tokens (B, M + 1, D) to (B, D) as ``global_pool`` says; unchanged where it is ""."""
         if not self.global_pool:
             return x
-        token, patches = split_tokens(x)
-        return token.squeeze(1) if self.global_pool == "token" else global_pool_nlc(patches, self.global_pool, 0)
+        if self.global_pool == "token":
+            return x[:, (x.shape[1] - 1) // 2]
+        return global_pool_nlc(split_tokens(x)[1], self.global_pool, num_prefix_tokens=0)
 
     def forward_intermediates(
         self,

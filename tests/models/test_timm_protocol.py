@@ -22,22 +22,27 @@ from mambakit.registry import MODEL_HOMES
 
 assert mambakit  # its import is what registers the models
 
-# What makes a registered model tiny, by the beginning of its name; "img_size" is the side of the images fed to it.
-SMALL: dict[str, dict[str, Any]] = {"vim_": {"img_size": 32, "embed_dim": 16, "depth": 3}}
+# What makes a registered model tiny, by the beginning of its name, and the side of the images fed to it then. A model
+# of fixed size (in its configuration) is told it by img_size.
+SMALL: dict[str, tuple[int, dict[str, Any]]] = {
+    "vim_": (32, {"embed_dim": 16, "depth": 3}),
+}
 REGISTERED = [name for home in MODEL_HOMES for name in timm.list_models(module=home.rsplit(".", 1)[-1])]
 
 
-def options_of(name: str) -> dict[str, Any]:
-    return next(options for prefix, options in SMALL.items() if name.startswith(prefix))
+def side_and_options(name: str) -> tuple[int, dict[str, Any]]:
+    return next(found for prefix, found in SMALL.items() if name.startswith(prefix))
 
 
-def small(name: str, seed: int = 0, **options: Any) -> Any:
+def small(name: str, seed: int = 0, side: int | None = None, **options: Any) -> Any:
+    usual, others = side_and_options(name)
+    size = {"img_size": side or usual} if timm.get_pretrained_cfg(name).fixed_input_size else {}
     torch.manual_seed(seed)
-    return timm.create_model(name, **{**options_of(name), **options})
+    return timm.create_model(name, **{**size, **others, **options})
 
 
-def images(name: str, batch: int = 2, channels: int = 3, **size: int) -> Tensor:
-    side = {**options_of(name), **size}["img_size"]
+def images(name: str, batch: int = 2, channels: int = 3, side: int | None = None) -> Tensor:
+    side = side or side_and_options(name)[0]
     return torch.randn(batch, channels, side, side, generator=torch.Generator().manual_seed(1))
 
 
@@ -52,7 +57,7 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
 
 def test_every_home_registers_models_and_every_model_has_a_small_form():
     assert all(timm.list_models(module=home.rsplit(".", 1)[-1]) for home in MODEL_HOMES)
-    assert all(options_of(name) for name in REGISTERED)
+    assert all(side_and_options(name) for name in REGISTERED)
 
 
 @pytest.fixture(params=REGISTERED)
@@ -143,17 +148,16 @@ def test_other_channels(name: str, channels: int):
 
 
 def test_another_image_size(name: str):
-    """Made for it, or changed to it; the traits that timm keeps of it follow where the model is made."""
-    side = 2 * options_of(name)["img_size"]
-    x = images(name, img_size=side)
-    assert small(name, img_size=side).eval()(x).isfinite().all()
+    """Made for it, or changed to it and back where the model can be."""
+    usual, _ = side_and_options(name)
+    x, larger = images(name), images(name, side=2 * usual)
+    assert small(name, side=2 * usual).eval()(larger).isfinite().all()
     model = small(name).eval()
     if hasattr(model, "set_input_size"):
-        before = model(images(name))
-        model.set_input_size((side, side))
-        assert model(x).shape == before.shape
-        model.set_input_size(options_of(name)["img_size"])
-        assert model(images(name)).shape == before.shape
+        model.set_input_size((2 * usual, 2 * usual))
+        assert model(larger).isfinite().all()
+        model.set_input_size(usual)
+        assert model(x).isfinite().all()
 
 
 def test_saving_and_loading(name: str, tmp_path: Any):

@@ -19,6 +19,7 @@ from mambakit.kernels.testing import assert_close
 from mambakit.models.vision_mamba import VisionMamba, checkpoint_filter_fn, resample_positions, split_tokens
 
 assert mambakit  # its import is what registers the models
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_classes": 5}
 
 
@@ -89,12 +90,15 @@ def plain_vim(x: Tensor, w: dict[str, Tensor], stride: int, keep: tuple[float, .
     return plain_norm(T, w["norm_f.weight"])[:, middle] @ w["head.weight"].T + w["head.bias"]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("stride", [4, 3])
-def test_logits_are_the_papers(backend: str, stride: int):
+def test_logits_are_the_papers(backend: str, stride: int, device: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # on by default, for the patches' convolution
     model, x = livened(tiny(stride=stride)), pictures()
     with use_backend(backend):
-        logits = model(x)
+        logits = model.to(device)(x.to(device)).cpu()
+    model.cpu()
     want = plain_vim(x, {name: value.detach() for name, value in model.state_dict().items()}, stride)
     assert logits.dtype == torch.float32 and want.std() > 0.1
     assert_close("logits", logits, want, 1e-4)
