@@ -290,7 +290,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _gradients(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    saved, tensors = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+    kept = ctx.saved_tensors  # read once: activation checkpointing allows no second time
+    saved, tensors = kept[:5], kept[5:]
     if dout is None:
         return (None,) * (len(tensors) + 2)
     found = Gradients(*call(_inner_backward, dout, *saved, *tensors, ctx.scale, ctx.backend))

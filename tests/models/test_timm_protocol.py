@@ -141,6 +141,21 @@ def test_features_only(name: str):
         assert torch.equal(y, want)
 
 
+def test_gradient_checkpointing(name: str):
+    """The same gradients, stochastic depth included, from modules that run again in the backward pass."""
+    model, x = small(name, drop_path_rate=0.3).train(), images(name, 4)
+    found, runs = [], []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(5)
+        with torch.nn.modules.module.register_module_forward_hook(lambda *_: runs[-1].append(1)):
+            runs.append([])
+            found.append(gradients(model, x))
+    for parameter, gradient in found[0].items():
+        assert_close(parameter, found[1][parameter], gradient, 1e-4)
+    assert len(runs[1]) > len(runs[0])
+
+
 @pytest.mark.parametrize("channels", [1, 5])
 def test_other_channels(name: str, channels: int):
     model = small(name, in_chans=channels).eval()
