@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ class OptimConfig:
         weight_decay: of matrices only; A_log, D, dt biases, all biases and norms have none.
         betas: AdamW's averages.
         eps: AdamW's epsilon.
-        warmup: steps of linear warm-up: a count from 1 up, or a fraction of all steps below 1.
+        warmup: steps of linear warm-up: a count from 1 up, or a fraction of the run (steps or time) below 1.
         min_lr_ratio: last learning rate over the peak.
     """
 
@@ -77,22 +77,37 @@ def describe_groups(groups: Iterable[dict[str, Any]]) -> str:
 
 
 def warmup_cosine(
-    optimizer: torch.optim.Optimizer, total_steps: int, warmup: float, min_lr_ratio: float
+    optimizer: torch.optim.Optimizer,
+    total_steps: float,
+    warmup: float,
+    min_lr_ratio: float,
+    elapsed: Callable[[], float] | None = None,
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Scale every group's rate: 0 to 1 linearly over the warm-up, then a half cosine down to ``min_lr_ratio``.
 
+    With p the part of the run that is over and w the part the warm-up takes, after it the scale is
+
+        min_lr_ratio + (1 - min_lr_ratio) (1 + cos(pi (p - w) / (1 - w))) / 2.
+
     Args:
         optimizer: its groups' rates are the peaks.
-        total_steps: optimiser steps in all; past them the rate stays at the floor.
-        warmup: steps (from 1 up) or a fraction of ``total_steps`` (below 1).
+        total_steps: optimiser steps in all, infinite where time alone ends the run; past them the rate stays at the
+            floor.
+        warmup: steps (from 1 up) or a part of the run (below 1).
         min_lr_ratio: floor over peak.
+        elapsed: the part of the time allowed that is over, 0 to 1, where a run also ends with its time: p is then the
+            larger of this and the part of the steps.
     """
     warmup_steps = warmup if warmup >= 1 else warmup * total_steps
+    start = warmup if warmup < 1 else warmup / total_steps
 
     def scale(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / (warmup_steps + 1)
-        progress = min(1.0, (step - warmup_steps) / max(1.0, total_steps - warmup_steps))
+        gone = 0.0 if elapsed is None else elapsed()
+        over = max(step / total_steps, gone)
+        if step < warmup if warmup >= 1 else over < warmup:
+            by_time = gone / warmup if warmup < 1 else 0.0
+            return min(1.0, max((step + 1) / (warmup_steps + 1), by_time))
+        progress = min(1.0, (over - start) / max(1 / total_steps, 1 - start))
         return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, scale)

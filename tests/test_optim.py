@@ -1,5 +1,7 @@
 """Optimiser groups and the schedule."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -46,3 +48,33 @@ def test_schedule(warmup):
     assert all(a < b for a, b in zip(rates[:10], rates[1:11], strict=True))
     assert all(a > b for a, b in zip(rates[10:99], rates[11:100], strict=True))
     assert rates[55] == pytest.approx(1.1) and rates[100:] == pytest.approx([0.2] * 20)
+
+
+def rates_of(steps, clock, **options):
+    """Rates over ``steps`` steps; clock(step) is the part of the time that is over before the step after it."""
+    now = [clock(0)]
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = warmup_cosine(optimizer, min_lr_ratio=0.1, elapsed=lambda: now[0], **options)
+    rates = []
+    for step in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        now[0] = clock(step + 1)
+        schedule.step()
+    return rates
+
+
+@pytest.mark.parametrize("warmup", [10, 0.1])
+def test_a_schedule_by_time_is_that_by_steps_where_steps_take_equal_time(warmup):
+    timed = rates_of(120, lambda step: min(1.0, step / 100), total_steps=math.inf, warmup=warmup)
+    assert timed[11] == pytest.approx(2.0, rel=0.03)
+    assert all(a < b for a, b in zip(timed[:10], timed[1:11], strict=True))
+    assert all(a > b for a, b in zip(timed[11:99], timed[12:100], strict=True))
+    assert timed[55] == pytest.approx(1.1, rel=0.15) and timed[100:] == pytest.approx([0.2] * 20)
+
+
+def test_time_and_steps_together_end_with_the_first_of_the_two():
+    slow = rates_of(100, lambda step: min(1.0, step / 50), total_steps=100, warmup=0)
+    assert slow[25] == pytest.approx(1.1) and slow[50:] == pytest.approx([0.2] * 50)
+    quick = rates_of(120, lambda step: step / 1000, total_steps=100, warmup=0)
+    assert quick[50] == pytest.approx(1.1) and quick[100:] == pytest.approx([0.2] * 20)

@@ -14,7 +14,15 @@ TINY = {
         *("--data.root", ".", "--data.context", "16", "--data.batch_size", "2", "--data.num_workers", "0"),
         *("--data.validation_batch_size", "2"),
     ],
+    "vision": [
+        *("--data.data", "digits", "--data.test_data", "null", "--data.test_fraction", "0.1", "--data.color", "rgb"),
+        *("--data.image_size", "8", "--data.batch_size", "2", "--data.validation_batch_size", "2"),
+        *("--data.num_workers", "0"),
+    ],
 }
+# A task of vision makes its model of a Backbone, or by timm's name.
+TINY_BACKBONE = ["--model.backbone.d_model", "16", "--model.backbone.n_layers", "1"]
+TINY_TIMM = ["--model.timm_options", '{"img_size": 8, "patch_size": 4, "depth": 1}', "--model.weights", "null"]
 STEPS = [
     *("--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--trainer.limit_val_batches", "2"),
     *("--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.precision", "32-true"),
@@ -23,7 +31,7 @@ TEXT = "ROMEO: But, soft! what light through yonder window breaks? " * 20
 
 
 def test_names_are_paths():
-    assert {"text/quickstart", "text/shakespeare"} <= set(catalogue.names())
+    assert {"text/quickstart", "text/shakespeare", "vision/quickstart"} <= set(catalogue.names())
     for name in catalogue.names():
         assert catalogue.resolve(name) == catalogue.find(name)
         assert catalogue.name_of(catalogue.find(name)) == name
@@ -48,7 +56,11 @@ def test_header_tells_what_to_expect(name):
 @pytest.mark.parametrize("name", catalogue.names())
 def test_two_steps_on_tiny_data(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    tiny = TINY[name.split("/")[0]]
+    if name.startswith("vision/"):
+        by_name = re.search(r"^    backbone: \w", catalogue.find(name).read_text(), re.MULTILINE)
+        tiny = [*tiny, *(TINY_TIMM if by_name else TINY_BACKBONE)]
     for file in re.findall(r"^\s+data: (\S+\.txt)$", catalogue.find(name).read_text(), re.MULTILINE):
         Path(file).write_text(TEXT)
-    assert main(["fit", "--config", name, *TINY[name.split("/")[0]], *STEPS]) == 0, capsys.readouterr().err
+    assert main(["fit", "--config", name, *tiny, *STEPS]) == 0, capsys.readouterr().err
     assert Path("runs", name, "version_0", "checkpoints", "last.ckpt").is_file()

@@ -1,8 +1,19 @@
-"""What the command line adds to every fit, for use in any Lightning trainer."""
+"""What the command line adds to every fit, and what recipes add to theirs, for use in any Lightning trainer."""
 
 from mambakit.callbacks.before_after import BeforeAfter
+from mambakit.callbacks.confusion import ConfusionMatrix
 from mambakit.callbacks.last_checkpoint import LastCheckpoint
 from mambakit.callbacks.loss_curve import LossCurve
+from mambakit.callbacks.prediction_grid import PredictionGrid
 from mambakit.callbacks.sample import Sample
+from mambakit.callbacks.throughput import Throughput
 
-__all__ = ["BeforeAfter", "LastCheckpoint", "LossCurve", "Sample"]
+__all__ = [
+    "BeforeAfter",
+    "ConfusionMatrix",
+    "LastCheckpoint",
+    "LossCurve",
+    "PredictionGrid",
+    "Sample",
+    "Throughput",
+]

@@ -19,7 +19,9 @@ class BeforeAfter(Callback):
         metrics: the first of these that the task logs is printed.
     """
 
-    def __init__(self, metrics: Sequence[str] = ("validation/bits_per_byte", "validation/loss")) -> None:
+    def __init__(
+        self, metrics: Sequence[str] = ("validation/bits_per_byte", "validation/accuracy", "validation/loss")
+    ) -> None:
         self.metrics = tuple(metrics)
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}

@@ -22,7 +22,7 @@ from mambakit.recipes import catalogue
 from mambakit.tasks import CausalLM
 
 # What a task learns from its data, where the data has it and the task asks for it.
-LINKS = ("vocab_size",)
+LINKS = ("vocab_size", "num_classes", "in_chans")
 
 
 def run(command: str, arguments: list[str]) -> None:

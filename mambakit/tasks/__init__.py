@@ -2,5 +2,6 @@
 
 from mambakit.tasks.base import Task
 from mambakit.tasks.causal_lm import CausalLM
+from mambakit.tasks.classify import Classify
 
-__all__ = ["CausalLM", "Task"]
+__all__ = ["CausalLM", "Classify", "Task"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities import rank_zero_info
 
 from mambakit.optim import OptimConfig, describe_groups, parameter_groups, warmup_cosine
@@ -13,6 +15,8 @@ from mambakit.optim import OptimConfig, describe_groups, parameter_groups, warmu
 
 class Task(LightningModule):
     """A LightningModule with AdamW, parameter groups and warm-up with cosine. Holds no data.
+
+    The cosine ends with the run: with its last step, or with ``Trainer(max_time=...)``, whichever comes first.
 
     Args:
         optim: optimiser and schedule.
@@ -28,6 +32,21 @@ class Task(LightningModule):
         for group in groups:
             group.pop("names")
         optimizer = torch.optim.AdamW(groups, lr=self.optim.lr, betas=self.optim.betas, eps=self.optim.eps)
-        total = int(self.trainer.estimated_stepping_batches)
-        schedule = warmup_cosine(optimizer, total, self.optim.warmup, self.optim.min_lr_ratio)
+        total = self.trainer.estimated_stepping_batches
+        schedule = warmup_cosine(optimizer, total, self.optim.warmup, self.optim.min_lr_ratio, self._elapsed())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _elapsed(self) -> Callable[[], float] | None:
+        """Tells the part of the allowed time that is over; None where steps alone end the run."""
+        timers = [one for one in self.trainer.callbacks if isinstance(one, Timer)]  # type: ignore[attr-defined]
+        timer = next((one for one in timers if one.time_remaining() is not None), None)
+        if timer is None:
+            return None
+
+        def elapsed() -> float:
+            gone, left = timer.time_elapsed(), timer.time_remaining()
+            assert left is not None
+            # Clocks differ a little between processes, and with them the rates would.
+            return self.trainer.strategy.broadcast(min(1.0, gone / (gone + left)) if gone + left > 0 else 1.0)
+
+        return elapsed

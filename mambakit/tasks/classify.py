@@ -1,0 +1,144 @@
+"""One label for an image, a waveform, a piece of DNA, or any other sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
+from mambakit.backbone import Backbone
+from mambakit.heads.classify import PoolName, SequenceClassifier, mask_of
+from mambakit.optim import OptimConfig
+from mambakit.tasks.base import Task
+from mambakit.tasks.timm_model import spare_from_decay, timm_model
+
+
+class Classify(Task):
+    """Train a model to give one of K labels.
+
+    A batch is a dictionary: ``inputs``, images (B, C, H, W) or sequences (B, L, C) of floats, or ids (B, L) int64;
+    ``labels``, (B,) int64, in training also (B, K) floats that sum to 1, as mixup and CutMix make them; for sequences
+    of different lengths ``mask`` (B, L) bool, True at real elements, or ``lengths`` (B,).
+
+    Logs ``{train,validation,test}/loss``, the cross-entropy in nats an example (in training with label smoothing); in
+    validation and test also, over the whole split, ``accuracy``, ``accuracy_top5`` where K > 5, and
+    ``calibration_error``: how far confidence is from accuracy, |accuracy - confidence| averaged over 15 bins of
+    confidence by their numbers (ECE; Guo et al. 2017, arXiv 1706.04599).
+
+    Args:
+        backbone: a :class:`mambakit.Backbone`, around which an embedding and a head are put
+            (:class:`mambakit.heads.SequenceClassifier`); the name of a timm model, ours among them
+            (``vim_tiny_patch16_224``); or any module from ``inputs`` to logits (B, K).
+        num_classes: K; the command line takes it from the data.
+        in_chans: C; the command line takes it from the data.
+        vocab_size: V, where the inputs are ids; the command line takes it from the data.
+        pool: of a Backbone's output: "mean", "max", "last" or "cls".
+        dropout: of a Backbone's pooled output.
+        timm_options: of a timm model: ``img_size``, ``patch_size``, ``drop_path_rate``, ``pretrained``, ...
+        weights: a file of weights for a timm model, such as an earlier run's checkpoint; the classifier stays new where
+            the classes differ.
+        label_smoothing: e; labels become (1 - e) of themselves and e / K of every class, in training.
+        optim: optimiser and schedule.
+
+    Raises:
+        ValueError: options of one kind of backbone given with another, an unknown model, weights that do not fit.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module | str,
+        num_classes: int,
+        in_chans: int = 3,
+        vocab_size: int | None = None,
+        pool: PoolName = "mean",
+        dropout: float = 0.0,
+        timm_options: dict[str, Any] | None = None,
+        weights: str | None = None,
+        label_smoothing: float = 0.0,
+        optim: OptimConfig | None = None,
+    ) -> None:
+        super().__init__(optim)
+        self.save_hyperparameters(ignore=["backbone"])
+        if not isinstance(backbone, str) and (timm_options or weights):
+            raise ValueError("timm_options, weights: of effect only where backbone is the name of a timm model")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing: {label_smoothing}, expected at least 0 and under 1")
+        self.num_classes = num_classes
+        self.label_smoothing = label_smoothing
+        if isinstance(backbone, str):
+            options = {"num_classes": num_classes, "in_chans": in_chans, **(timm_options or {})}
+            self.model = timm_model(backbone, weights, **options)
+        elif isinstance(backbone, Backbone):
+            self.model = SequenceClassifier(backbone, num_classes, in_chans, vocab_size, pool, dropout)
+        else:
+            self.model = backbone
+        spare_from_decay(self.model)
+        self.metrics = nn.ModuleDict({stage: self._new_metrics() for stage in ("validation", "test")})
+
+    def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits (B, K)."""
+        return self.model(inputs) if mask is None else self.model(inputs, mask=mask)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        logits = self._logits(batch)
+        loss = F.cross_entropy(logits.float(), batch["labels"], label_smoothing=self.label_smoothing)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(logits))
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        return self._measure(batch, "validation")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        return self._measure(batch, "test")
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Probabilities (B, K) float32."""
+        return self._logits(batch).float().softmax(-1)
+
+    def on_validation_epoch_end(self) -> None:
+        self._report("validation")
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+
+    def _logits(self, batch: dict[str, Tensor]) -> Tensor:
+        inputs, mask = batch["inputs"], batch.get("mask")
+        if mask is None and "lengths" in batch:
+            mask = mask_of(batch["lengths"], inputs.shape[1])
+        logits = self(inputs, mask)
+        if logits.shape != (len(inputs), self.num_classes):
+            raise ValueError(
+                f"backbone: it gave {tuple(logits.shape)}, expected logits (batch, num_classes) = "
+                f"{(len(inputs), self.num_classes)}; leave its classifier in, with num_classes={self.num_classes}"
+            )
+        return logits
+
+    def _new_metrics(self) -> MetricCollection:
+        classes = self.num_classes
+        metrics: dict[str, Any] = {
+            "accuracy": MulticlassAccuracy(classes, average="micro"),
+            "calibration_error": MulticlassCalibrationError(classes, n_bins=15, norm="l1"),
+            "loss": MeanMetric(),
+        }
+        if classes > 5:
+            metrics["accuracy_top5"] = MulticlassAccuracy(classes, top_k=5, average="micro")
+        return MetricCollection(metrics, compute_groups=False)
+
+    def _measure(self, batch: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
+        logits, labels = self._logits(batch).float(), batch["labels"]
+        for name, metric in self.metrics[stage].items():  # type: ignore[operator, union-attr]
+            if name == "loss":
+                metric.update(F.cross_entropy(logits, labels), weight=len(labels))
+            else:
+                metric.update(logits.softmax(-1), labels)
+        return {"logits": logits}
+
+    def _report(self, stage: str) -> None:
+        metrics = self.metrics[stage]
+        shown = ("loss", "accuracy")
+        for name, value in metrics.compute().items():  # type: ignore[operator]
+            self.log(f"{stage}/{name}", value.float(), prog_bar=name in shown)
+        metrics.reset()  # type: ignore[operator]
