@@ -1,6 +1,7 @@
 """What the command line adds to every fit, and what recipes add to theirs, for use in any Lightning trainer."""
 
 from mambakit.callbacks.before_after import BeforeAfter
+from mambakit.callbacks.compile import Compile
 from mambakit.callbacks.confusion import ConfusionMatrix
 from mambakit.callbacks.last_checkpoint import LastCheckpoint
 from mambakit.callbacks.loss_curve import LossCurve
@@ -10,6 +11,7 @@ from mambakit.callbacks.throughput import Throughput
 
 __all__ = [
     "BeforeAfter",
+    "Compile",
     "ConfusionMatrix",
     "LastCheckpoint",
     "LossCurve",
