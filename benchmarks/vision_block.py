@@ -2,13 +2,16 @@
 
     PYTHONPATH=. python3 benchmarks/vision_block.py             # 224, 512 and 1,248 pixels, bfloat16 autocast
     PYTHONPATH=. python3 benchmarks/vision_block.py --profile   # and where the time goes, kernel by kernel
+    PYTHONPATH=. python3 benchmarks/vision_block.py --compile   # and by torch.compile, as the callback Compile trains
 
 Vim-tiny (Zhu et al. 2024, arXiv 2401.09417) as it is trained: patches of 16 pixels by a convolution, a class token in
 the middle, positions, 24 layers of norm, VimMixer and addition of width 192, a linear head, cross-entropy, fused AdamW.
 First two layers of the same width are compared, loss and every gradient, with the definitions in float64. Then random
 weights, images and labels, one batch: times are medians of ``triton.testing.do_bench`` over whole steps. A step is
 timed as Python runs it, and as the replay of a CUDA graph of it, optimiser included, since Python takes longer to
-launch a layer of this width than a GPU to run it. ``stack`` is the 24 layers alone as Python runs them, forward, and
+launch a layer of this width than a GPU to run it (``--no-graph`` leaves the replay out). ``--compile`` times both again
+after ``torch.compile(mode="reduce-overhead")``, which records forward and backward as CUDA graphs by itself, when
+loss and gradient agree with those of a plain step. ``stack`` is the 24 layers alone as Python runs them, forward, and
 forward and backward. Peak memory is PyTorch's largest allocation over a training step, optimiser state included. The
 recorded peers are Vim-tiny restated on mamba_ssm 2.3.2.post1's CUDA scan and causal-conv1d 1.7, and timm's deit_tiny
 with flash attention, on one H200.
@@ -19,6 +22,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -83,27 +87,17 @@ def check() -> None:
         assert_close(name, parameter.grad, other.grad, 0.03)  # a dozen roundings to 8 bits: about 0.01
 
 
-def measure(pixels: int, profile: bool = False) -> dict[str, Any]:
-    """One resolution's images a second and milliseconds; with ``profile`` the kernels of one training step."""
+def measure(pixels: int, profile: bool = False, graph: bool = True, compiled: bool = False) -> dict[str, Any]:
+    """One resolution's images a second and milliseconds, as called, as a ``graph`` and ``compiled``; with ``profile``
+    the kernels of one training step.
+    """
     check()
     torch.manual_seed(0)
     batch, model = SIZES[pixels], VimTiny(pixels).cuda()
     images = torch.randn(batch, 3, pixels, pixels, device="cuda")
     labels = torch.randint(CLASSES, (batch,), device="cuda")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True, capturable=True)
-
-    def step() -> Tensor:
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    @torch.no_grad()
-    def infer() -> None:
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            model(images)
+    untrained = copy.deepcopy(model) if compiled else None
+    _, step, infer = works(model, images, labels)
 
     step()
     if not torch.isfinite(step()):
@@ -112,25 +106,75 @@ def measure(pixels: int, profile: bool = False) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats()
     step()
     peak = torch.cuda.max_memory_allocated() / 2**30
-    train_ms, infer_ms = milliseconds(step), milliseconds(infer)
-    replays = milliseconds(captured(step)), milliseconds(captured(infer))
-    row = {
-        "work": f"Vim-tiny, {pixels} pixels, batch {batch}",
-        "pixels": pixels,
-        "train_ms": train_ms,
-        "infer_ms": infer_ms,
-        "train_graph_ms": replays[0],
-        "infer_graph_ms": replays[1],
-        "train_images_per_second": 1e3 * batch / train_ms,
-        "infer_images_per_second": 1e3 * batch / infer_ms,
-        "train_graph_images_per_second": 1e3 * batch / replays[0],
-        "infer_graph_images_per_second": 1e3 * batch / replays[1],
-        "peak_gib": peak,
-        **_stack(model.backbone, batch, (pixels // PATCH) ** 2 + 1),
-    }
+    row = {"work": f"Vim-tiny, {pixels} pixels, batch {batch}", "pixels": pixels, "peak_gib": peak}
+    row |= _speeds("", batch, step, infer)
+    if graph:
+        row |= _speeds("graph_", batch, captured(step), captured(infer))
+    row |= _stack(model.backbone, batch, (pixels // PATCH) ** 2 + 1)
     if profile:
         row |= {"kernels": kernel_times(step), "infer_kernels": kernel_times(infer)}
+    if untrained is not None:
+        row |= _compiled(untrained, images, labels)
     return row
+
+
+def works(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Callable[[], Tensor], ...]:
+    """The loss under autocast; a training step with an optimiser of its own, which gives its loss; and inference."""
+    device = images.device.type
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True, capturable=device == "cuda")
+
+    def loss() -> Tensor:
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return F.cross_entropy(model(images), labels)
+
+    def step() -> Tensor:
+        found = loss()
+        found.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return found.detach()
+
+    @torch.no_grad()
+    def infer() -> Tensor:
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return model(images)
+
+    return loss, step, infer
+
+
+def _speeds(way: str, batch: int, step: Callable[[], Any], infer: Callable[[], Any]) -> dict[str, float]:
+    """Milliseconds and images a second of a training step and of inference, launched in this ``way``."""
+    found = {"train": milliseconds(step), "infer": milliseconds(infer)}
+    row = {f"{name}_{way}ms": spent for name, spent in found.items()}
+    return row | {f"{name}_{way}images_per_second": 1e3 * batch / spent for name, spent in found.items()}
+
+
+def _compiled(model: VimTiny, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """Speeds by torch.compile, the seconds it took, and the peak memory of a training step."""
+    loss, step, infer = works(model, images, labels)
+    want = _loss_and_gradient(loss, model)
+    start = time.perf_counter()
+    model.compile(mode="reduce-overhead", fullgraph=True, dynamic=False)
+    for _ in range(3):  # compiled, recorded, replayed
+        for name, value, wanted in zip(("loss", "gradient"), _loss_and_gradient(loss, model), want, strict=True):
+            assert_close(f"{name} of a compiled step", value, wanted, 0.03)
+        infer()
+    seconds = time.perf_counter() - start
+    row = _speeds("compiled_", len(images), step, infer)
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    return row | {"compiled_peak_gib": peak, "compile_seconds": seconds}
+
+
+def _loss_and_gradient(loss: Callable[[], Tensor], model: VimTiny) -> tuple[Tensor, Tensor]:
+    """Copies, and no gradient left behind. That of the patches' projection has come through every layer."""
+    found, weight = loss(), model.patch_embed.weight
+    found.backward()
+    assert weight.grad is not None
+    gradient = weight.grad.clone()
+    model.zero_grad()
+    return found.detach().clone(), gradient
 
 
 def captured(function: Callable[[], Any]) -> Callable[[], None]:
@@ -164,12 +208,19 @@ def _stack(backbone: Backbone, batch: int, length: int) -> dict[str, float]:
 
 
 def line(row: dict[str, Any], device: str) -> str:
+    speeds = []
+    for name in ("train", "infer"):
+        text = f"{name} {row[f'{name}_images_per_second']:,.0f} img/s"
+        for way, said in (("graph", "as a graph"), ("compiled", "compiled")):
+            found = row.get(f"{name}_{way}_images_per_second")
+            text += "" if found is None else f", {said} {found:,.0f}"
+        speeds.append(text)
     text = (
-        f"{row['work']:>32}   train {row['train_images_per_second']:,.0f} img/s, as a graph "
-        f"{row['train_graph_images_per_second']:,.0f}, {row['peak_gib']:.2f} GiB; "
-        f"infer {row['infer_images_per_second']:,.0f} img/s, as a graph {row['infer_graph_images_per_second']:,.0f}; "
+        f"{row['work']:>32}   {speeds[0]}, {row['peak_gib']:.2f} GiB; {speeds[1]}; "
         f"stack {row['stack_forward_ms']:.2f} / {row['stack_both_ms']:.2f} ms"
     )
+    if "compile_seconds" in row:
+        text += f"; compiled in {row['compile_seconds']:.0f} s, {row['compiled_peak_gib']:.2f} GiB"
     if "H200" in device:
         for name, (train, infer, peak) in (("reference Vim", PEER[row["pixels"]]), ("deit_tiny", DEIT[row["pixels"]])):
             text += f"\n{name + ' (recorded)':>32}   train {train:,} img/s, {peak:.2f} GiB; infer {infer:,} img/s"
@@ -183,6 +234,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pixels", type=int, nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--profile", action="store_true", help="also list the kernels of one step")
+    parser.add_argument("--graph", action=argparse.BooleanOptionalAction, default=True, help="replay CUDA graphs too")
+    parser.add_argument("--compile", action="store_true", help="also by torch.compile, in its mode of CUDA graphs")
     parser.add_argument("--json", type=Path, help="also write every figure here")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -190,14 +243,14 @@ def main() -> None:
     device, rows = torch.cuda.get_device_name(), []
     print(f"{device}, torch {torch.__version__}, triton {triton.__version__}")
     for pixels in options.pixels:
-        rows.append(measure(pixels, options.profile))
+        rows.append(measure(pixels, options.profile, options.graph, options.compile))
         print(line(rows[-1], device), flush=True)
         for kind in ("kernels", "infer_kernels"):
             found = rows[-1].get(kind, [])
             if found:
                 print(f"{kind}: {sum(row[2] for row in found):.2f} ms")
-            for name, calls, time in found[:25]:
-                print(f"{time:8.3f} ms {calls:5d} x {name[:90]}")
+            for name, calls, spent in found[:25]:
+                print(f"{spent:8.3f} ms {calls:5d} x {name[:90]}")
     if options.json:
         versions = {"device": device, "torch": torch.__version__, "triton": triton.__version__}
         options.json.write_text(json.dumps(versions | {"rows": rows}, indent=1) + "\n")

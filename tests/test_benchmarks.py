@@ -358,3 +358,24 @@ def test_the_vision_check_passes_and_stops_at_a_wrong_number(bench, monkeypatch)
     monkeypatch.setattr(vim, "bimamba_inner", wrong)
     with pytest.raises(AssertionError, match="relative RMS error"):
         bench.vision_block.check()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its peak memory and its times are stand-ins")
+def test_the_compiled_vision_step_is_checked(bench, monkeypatch):
+    """The same graph passes, and one whose result is 5 % off does not."""
+    block, factor = bench.vision_block, 1.0
+    images, labels = torch.randn(2, 3, 32, 32), torch.tensor([3, 5])
+
+    def compiled(self, mode, **options):
+        plain = self._call_impl
+        self._compiled_call_impl = lambda images: factor * plain(images)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled)
+    monkeypatch.setattr(block, "milliseconds", lambda function: 2.0)
+    for name in ("reset_peak_memory_stats", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 2**30)
+    row = block._compiled(block.VimTiny(32, 1), images, labels)
+    assert row["train_compiled_images_per_second"] == 1000 and row["compiled_peak_gib"] == 1
+    factor = 1.05
+    with pytest.raises(AssertionError, match="gradient of a compiled step"):
+        block._compiled(block.VimTiny(32, 1), images, labels)
