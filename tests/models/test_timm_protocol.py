@@ -26,6 +26,8 @@ assert mambakit  # its import is what registers the models
 # of fixed size (in its configuration) is told it by img_size.
 SMALL: dict[str, tuple[int, dict[str, Any]]] = {
     "vim_": (32, {"embed_dim": 16, "depth": 3}),
+    "vmamba_": (64, {"dims": (8, 16, 24, 32), "depths": (1, 1, 2, 1)}),
+    "vimhybrid_": (64, {"dims": (8, 16, 24, 32), "depths": (1, 1, 2, 2), "num_heads": (2, 4)}),
 }
 REGISTERED = [name for home in MODEL_HOMES for name in timm.list_models(module=home.rsplit(".", 1)[-1])]
 
@@ -120,6 +122,7 @@ def test_intermediates(name: str):
         assert y.shape[:2] == (2, info["num_chs"]) and y.isfinite().all()
     first, last = model.forward_intermediates(x, indices=[0, -1], intermediates_only=True)
     assert torch.equal(first, every[0]) and torch.equal(last, every[-1])
+    assert_close("final", model.forward_intermediates(x, indices=[0])[0], final, 1e-5)
     (early,) = model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
     assert torch.equal(early, every[1])
     assert len(model.forward_intermediates(x, indices=2, intermediates_only=True)) == 2
@@ -193,6 +196,9 @@ def test_groups_by_depth(name: str):
     assert set(groups) == {parameter for parameter, _ in model.named_parameters()}
     assert groups[f"{model.pretrained_cfg['first_conv']}.weight"] == 0
     assert groups[f"{model.pretrained_cfg['classifier']}.weight"] == max(groups.values()) >= 3
+    classifier = model.pretrained_cfg["classifier"].split(".")[0]
+    deepest = {parameter for parameter, depth in groups.items() if depth == max(groups.values())}
+    assert all("norm" in parameter or parameter.startswith(f"{classifier}.") for parameter in deepest), deepest
     coarse = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
     assert max(coarse.values()) <= max(groups.values())
 
