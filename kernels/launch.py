@@ -33,8 +33,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     if pointers is None:
         named = [i for i, argument in enumerate(arguments) if argument is None or isinstance(argument, Tensor)]
         pointers = _pointers[id(kernel)] = named[-1] + 1
-    described = [a if a is None else (a.dtype, a.data_ptr() % 16 == 0) for a in arguments[:pointers]]
-    key = (id(kernel), arguments[0].get_device(), arguments[pointers:], tuple(constants.items()), *described)
+    addresses = [a if a is None else a.data_ptr() for a in arguments[:pointers]]
+    key = (
+        id(kernel),
+        arguments[0].get_device(),
+        arguments[pointers:],
+        tuple(constants.items()),
+        *[a if a is None else a.dtype for a in arguments[:pointers]],
+        *[a and a % 16 for a in addresses],
+    )
     entry = _compiled.get(key)
     if entry is None:
         form = kernel[grid](*arguments, **constants)
@@ -45,4 +52,5 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         return
     form, values = entry
     three_axes = (*grid, 1, 1)
-    form[three_axes](*arguments, *values)
+    # A number is taken as an address; a tensor Triton would ask for it, and the driver whether it is a GPU's.
+    form[three_axes](*addresses, *arguments[pointers:], *values)
