@@ -17,7 +17,7 @@ from types import ModuleType
 
 # Modules that register their models with timm when they are imported. Their classes they import only where a model is
 # made: importing a class may be what imports timm, and then it is not there yet when these run.
-MODEL_HOMES = ("mambakit.models.vim",)
+MODEL_HOMES = ("mambakit.models.vim", "mambakit.models.vision_pyramids")
 
 
 def register_with_timm() -> None:

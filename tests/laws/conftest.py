@@ -10,7 +10,21 @@ import torch
 
 from mambakit import Backbone
 from mambakit.kernels.testing import random_tensor
-from mambakit.mixers import DSS, S4, S4D, S4ND, S5, SS2D, Attention, Bidirectional, Mamba1, Mamba2, Mamba3, VimMixer
+from mambakit.mixers import (
+    DSS,
+    S4,
+    S4D,
+    S4ND,
+    S5,
+    SS2D,
+    Attention,
+    Bidirectional,
+    FullAttention,
+    Mamba1,
+    Mamba2,
+    Mamba3,
+    VimMixer,
+)
 from mambakit.mlp import MixtureOfExperts, SwiGLU
 
 D_MODEL = 8
@@ -90,6 +104,7 @@ CASES = [
         causal=False,
         packs=False,
     ),
+    Case("full-attention", partial(FullAttention, n_heads=4, n_kv_heads=2, d_head=3, bias=True), causal=False),
     Case("vim", partial(VimMixer, d_state=3), causal=False),
     Case("vim-bias-sum", partial(VimMixer, d_state=2, d_conv=3, expand=3, bias=True, divide_out=False), causal=False),
     Case("bidirectional-mamba1", partial(Bidirectional, mixer=partial(Mamba1, d_state=2, bias=True)), causal=False),
