@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from timm.layers import DropPath, global_pool_nlc, resample_abs_pos_embed, resample_patch_embed
+from timm.layers import DropPath, resample_abs_pos_embed, resample_patch_embed
 from timm.models import load_state_dict
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -124,7 +124,12 @@ class VisionMamba(nn.Module):
             return x
         if self.global_pool == "token":
             return x[:, (x.shape[1] - 1) // 2]
-        return global_pool_nlc(split_tokens(x)[1], self.global_pool, num_prefix_tokens=0)
+        patches = split_tokens(x)[1]
+        if self.global_pool == "avg":
+            return patches.mean(dim=1)
+        if self.global_pool == "max":
+            return patches.amax(dim=1)
+        return 0.5 * (patches.mean(dim=1) + patches.amax(dim=1))
 
     def forward_intermediates(
         self,
