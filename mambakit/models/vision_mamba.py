@@ -312,8 +312,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: VisionMamba) -> d
 
 
 def check_checkpoint(model: VisionMamba, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """Raise ValueError, in words, where a state dictionary is of another width, depth or number of patches."""
-    token, positions = state_dict.get(f"{prefix}cls_token"), state_dict.get(f"{prefix}pos_embed")
+    """Raise ValueError, in words, where a state dictionary is of another width, depth, number of patches or classes."""
+    token, positions, head = (state_dict.get(prefix + key) for key in ("cls_token", "pos_embed", "head.weight"))
     if token is not None and token.shape[-1] != model.embed_dim:
         name = SIZES.get(token.shape[-1], "a model")
         raise ValueError(
@@ -331,4 +331,9 @@ def check_checkpoint(model: VisionMamba, state_dict: Mapping[str, Any], prefix: 
         raise ValueError(
             f"checkpoint: it is of {positions.shape[1] - 1} patches, and this model of {model.pos_embed.shape[1] - 1}; "
             "load it by load_pretrained, which resamples the positions"
+        )
+    if head is not None and model.num_classes not in (0, len(head)):
+        raise ValueError(
+            f"checkpoint: it tells {len(head)} classes apart, and this model {model.num_classes}; call "
+            f"reset_classifier({len(head)}) before loading it, and reset_classifier({model.num_classes}) after"
         )

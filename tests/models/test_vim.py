@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import math
+import pickle
 import re
 from typing import Any
 
@@ -284,6 +286,7 @@ def test_an_original_file_of_another_image_size_and_patch(tmp_path: Any):
     [
         ({"embed_dim": 16}, "it is of a Vim 12 wide, and this one is 16 wide; make a model with embed_dim=12"),
         ({"depth": 3}, "it is of a Vim of 2 layers, and this one has 3; make a model with depth=2"),
+        ({"num_classes": 3}, "it tells 5 classes apart, and this model 3; call reset_classifier(5) before"),
         ({"img_size": 32}, "it is of 16 patches, and this model of 64; load it by load_pretrained"),
     ],
 )
@@ -291,6 +294,9 @@ def test_a_checkpoint_of_another_size(options: dict[str, int], sentence: str, tm
     weights = original_file(tmp_path / "vim.pth")
     with pytest.raises(ValueError, match=re.escape(sentence)):
         tiny(**options).load_state_dict(weights)
+    model = pickle.loads(pickle.dumps(copy.deepcopy(tiny(**options))))
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        model.load_state_dict(weights)
     with pytest.raises(ValueError, match=re.escape(sentence)):
         nn.Sequential(tiny(**options)).load_state_dict({f"0.{name}": value for name, value in weights.items()})
     with pytest.raises(FileNotFoundError, match="there is no file"):
