@@ -5,25 +5,17 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Literal
 
-import torch
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from mambakit.datamodules.samplers import EpochSampler, ResumableDataLoader
+from mambakit.datamodules.base import DataModule
+from mambakit.datamodules.samplers import ResumableDataLoader
 from mambakit.datamodules.text import sources, splits
 from mambakit.datamodules.text.sources import Document
 from mambakit.datamodules.text.tokenizer import ByteTokenizer, CharacterTokenizer, Tokenizer, tokenizer_from_file
-from mambakit.datamodules.text.windows import (
-    EveryWindow,
-    RandomWindows,
-    ShuffledWindows,
-    TokenRun,
-    Windows,
-    as_it_is,
-)
+from mambakit.datamodules.text.windows import EveryWindow, RandomWindows, ShuffledWindows, TokenRun, Windows
 
 
-class TextDataModule(LightningDataModule):
+class TextDataModule(DataModule):
     """Text as packed windows of tokens, with the next token as label.
 
     Documents are laid end to end and cut into windows of ``context`` tokens; nothing is padded. A batch is a dict:
@@ -113,31 +105,14 @@ class TextDataModule(LightningDataModule):
         self._tokenizer: Tokenizer | None = None
 
     def _check_options(self) -> None:
-        least = {"context": 1, "batch_size": 1, "validation_context": 1, "validation_batch_size": 1}
-        least |= {"num_workers": 0, "seed": 0}
+        self.check_least(context=1, batch_size=1, validation_context=1, validation_batch_size=1, num_workers=0, seed=0)
         if self.samples_per_epoch is not None:
-            least["samples_per_epoch"] = 1
-        for name, smallest in least.items():
-            if getattr(self, name) < smallest:
-                raise ValueError(f"{name}: {getattr(self, name)}, expected at least {smallest}")
-        choices = {"alphabet": ("train", "whole"), "sampling": ("contiguous", "random")}
-        for name, allowed in (choices | {"split_at": ("character", "document")}).items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: {getattr(self, name)!r}, expected {' or '.join(allowed)}")
-        if self.validation_data is None and not 0 < self.validation_fraction < 1:
-            raise ValueError(
-                f"validation_fraction: {self.validation_fraction}, expected between 0 and 1, both excluded; "
-                f"0.1 holds out a tenth of the text"
-            )
-        if not 0 <= self.test_fraction < 1:
-            raise ValueError(f"test_fraction: {self.test_fraction}, expected at least 0 and under 1")
-        if self.test_data is not None and self.test_fraction:
-            raise ValueError("test_fraction: given together with test_data; give one of them")
-        if sum(self._fractions().values()) >= 1:
-            raise ValueError(
-                f"validation_fraction and test_fraction: together {sum(self._fractions().values())}, expected under 1, "
-                f"so that a part is left to train on"
-            )
+            self.check_least(samples_per_epoch=1)
+        self.check_choices(
+            alphabet=("train", "whole"), sampling=("contiguous", "random"), split_at=("character", "document")
+        )
+        self.check_fractions("a tenth of the text")
+        self.check_rest(self._fractions())
         if self.samples_per_epoch is not None and self.sampling != "random":
             raise ValueError("samples_per_epoch: only random sampling has a choice; set sampling to random")
 
@@ -186,30 +161,15 @@ class TextDataModule(LightningDataModule):
             order = RandomWindows(len(run), self.context, length, self.seed)
         else:
             order = ShuffledWindows(len(run), self.context, self.seed)
-        sampler = EpochSampler(order, len(order), **self._processes())
-        if len(sampler) < self.batch_size:
-            raise ValueError(
-                f"batch_size: {self.batch_size}, but an epoch has only {len(order)} window(s) of {self.context} tokens "
-                f"for {sampler.num_replicas} process(es); lower batch_size or context, or give more text"
-            )
-        return ResumableDataLoader(
-            Windows(run, self.context),
-            batch_size=self.batch_size,
-            sampler=sampler,
-            drop_last=True,
-            finished=self._finished_batches if self.trainer is not None else None,
-            **self._loader_options(),
-        )
+        items = f"window(s) of {self.context} tokens"
+        mend = "lower batch_size or context, or give more text"
+        return self.training_loader(Windows(run, self.context), order, items, mend)
 
-    def val_dataloader(self) -> DataLoader:
-        return self._evaluation("validation")
-
-    def test_dataloader(self) -> DataLoader:
-        return self._evaluation("test")
-
-    def predict_dataloader(self) -> DataLoader:
-        """The windows of validation."""
-        return self._evaluation("validation")
+    def evaluation(self, part: str) -> DataLoader:
+        """The windows of a part."""
+        run = self._run(part)
+        order = EveryWindow(len(run), self.validation_context)
+        return self.evaluation_loader(Windows(run, self.validation_context), order, len(order))
 
     def describe(self) -> str:
         """One line: documents, characters, tokens and vocabulary."""
@@ -277,31 +237,3 @@ class TextDataModule(LightningDataModule):
                 )
             self._runs[part] = run
         return self._runs[part]
-
-    def _evaluation(self, part: str) -> DataLoader:
-        run = self._run(part)
-        order = EveryWindow(len(run), self.validation_context)
-        return DataLoader(
-            Windows(run, self.validation_context),
-            batch_size=self.validation_batch_size,
-            sampler=EpochSampler(order, len(order), even=False, **self._processes()),
-            **self._loader_options(),
-        )
-
-    def _loader_options(self) -> dict[str, Any]:
-        return {
-            "collate_fn": as_it_is,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-        }
-
-    def _processes(self) -> dict[str, Any]:
-        """How many processes share the data, and which one this is, as the trainer's strategy has it."""
-        kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        return kwargs or {"num_replicas": 1, "rank": 0}
-
-    def _finished_batches(self) -> int:
-        """Batches of this epoch that training has taken its step on."""
-        assert self.trainer is not None
-        return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]

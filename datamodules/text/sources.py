@@ -6,6 +6,8 @@ import glob
 from pathlib import Path
 from typing import NamedTuple
 
+from mambakit.datamodules.paths import path_in
+
 PYTHON_DOCS = "python-docs"
 HUB_PREFIX = "hf:"
 
@@ -73,11 +75,6 @@ def read_text(path: Path) -> str:
             f"data: {path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}; convert it, for "
             f"example with iconv -f latin1 -t utf-8"
         ) from None
-
-
-def path_in(root: str | Path, name: str) -> Path:
-    """``name`` as an absolute path, a relative one against ``root``; a leading ~ is the home folder."""
-    return (Path(root).expanduser() / Path(name).expanduser()).absolute()
 
 
 def _paths(data: str, root: str | Path) -> list[Path]:

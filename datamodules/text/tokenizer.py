@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mambakit.datamodules.text.sources import path_in
+from mambakit.datamodules.paths import path_in
 
 
 class StreamDecoder(ABC):

@@ -98,11 +98,6 @@ class Windows(Dataset):
         return batch
 
 
-def as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The ``collate_fn`` for :class:`Windows`, which gives whole batches."""
-    return batch
-
-
 class EveryWindow:
     """The order of evaluation, the same in each epoch: windows at 0, L, 2 L, ..., every label once.
 

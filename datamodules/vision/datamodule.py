@@ -7,16 +7,16 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from mambakit.datamodules.samplers import EpochSampler, ResumableDataLoader
+from mambakit.datamodules.base import DataModule
+from mambakit.datamodules.samplers import ResumableDataLoader
 from mambakit.datamodules.vision import augment as augmentation
 from mambakit.datamodules.vision import normalization as conventions
 from mambakit.datamodules.vision import sources, splits
 from mambakit.datamodules.vision.augment import Augment, Interpolation
-from mambakit.datamodules.vision.dataset import Images, ShuffledImages, View, as_it_is
+from mambakit.datamodules.vision.dataset import Images, ShuffledImages, View
 from mambakit.datamodules.vision.normalization import Normalization
 from mambakit.datamodules.vision.pixels import PERMUTATION_SEED, Order, pixel_order
 from mambakit.datamodules.vision.sources import ImageSource
@@ -27,7 +27,7 @@ class _Part(NamedTuple):
     indices: np.ndarray  # (images,) int64, sorted
 
 
-class VisionDataModule(LightningDataModule):
+class VisionDataModule(DataModule):
     """Labelled images, normalised, augmented for training, as images or as sequences of their pixels.
 
     A batch is a dict:
@@ -146,27 +146,20 @@ class VisionDataModule(LightningDataModule):
         self.skipped: list[str] = []
 
     def _check_options(self) -> None:
-        least = {"batch_size": 1, "validation_batch_size": 1, "num_workers": 0, "seed": 0, "split_seed": 0}
-        least |= {"permutation_seed": 0} | ({} if self.image_size is None else {"image_size": 1})
-        for name, smallest in least.items():
-            if getattr(self, name) < smallest:
-                raise ValueError(f"{name}: {getattr(self, name)}, expected at least {smallest}")
-        choices = {"view": ("image", "pixels"), "color": ("native", "rgb", "grey"), "corrupt": ("raise", "skip")}
-        choices |= {"pixel_order": ("sequential", "bit_reversal", "random"), "pixel_values": ("float", "token")}
-        for name, allowed in (choices | {"interpolation": ("nearest", "bilinear", "bicubic")}).items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: {getattr(self, name)!r}, expected {' or '.join(allowed)}")
+        self.check_least(batch_size=1, validation_batch_size=1, num_workers=0, seed=0, split_seed=0, permutation_seed=0)
+        if self.image_size is not None:
+            self.check_least(image_size=1)
+        self.check_choices(
+            view=("image", "pixels"),
+            color=("native", "rgb", "grey"),
+            corrupt=("raise", "skip"),
+            pixel_order=("sequential", "bit_reversal", "random"),
+            pixel_values=("float", "token"),
+            interpolation=("nearest", "bilinear", "bicubic"),
+        )
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct: {self.crop_pct}, expected above 0 and at most 1")
-        if self.validation_data is None and not 0 < self.validation_fraction < 1:
-            raise ValueError(
-                f"validation_fraction: {self.validation_fraction}, expected between 0 and 1, both excluded; 0.1 holds "
-                f"out a tenth of each class"
-            )
-        if not 0 <= self.test_fraction < 1:
-            raise ValueError(f"test_fraction: {self.test_fraction}, expected at least 0 and under 1")
-        if self.test_data is not None and self.test_fraction:
-            raise ValueError("test_fraction: given together with test_data; give one of them")
+        self.check_fractions("a tenth of each class")
         if self.view == "image" and (self.pixel_order != "sequential" or self.pixel_values != "float"):
             raise ValueError("pixel_order, pixel_values: of no effect in the view 'image'; set view to pixels")
         if self.pixel_values == "token" and (self.augment.mixes or self.augment.random_erasing or self.normalization):
@@ -246,30 +239,14 @@ class VisionDataModule(LightningDataModule):
             mix=augmentation.mixing(options, self.num_classes),
         )
         order = ShuffledImages(len(dataset), self.seed, options.repeats)
-        sampler = EpochSampler(order, len(order), **self._processes())
-        if len(sampler) < self.batch_size:
-            raise ValueError(
-                f"batch_size: {self.batch_size}, but an epoch has only {len(order)} image(s) for "
-                f"{sampler.num_replicas} process(es); lower batch_size or give more images"
-            )
-        return ResumableDataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            drop_last=True,
-            finished=self._finished_batches if self.trainer is not None else None,
-            **self._loader_options(),
-        )
+        return self.training_loader(dataset, order, "image(s)", "lower batch_size or give more images")
 
-    def val_dataloader(self) -> DataLoader:
-        return self._evaluation("validation")
-
-    def test_dataloader(self) -> DataLoader:
-        return self._evaluation("test")
-
-    def predict_dataloader(self) -> DataLoader:
-        """The images of validation."""
-        return self._evaluation("validation")
+    def evaluation(self, part: str) -> DataLoader:
+        """The images of a part."""
+        transform = augmentation.evaluation_transform(self.image_size, self.crop_pct, self.interpolation)
+        dataset = self._dataset(part, transform)
+        every = np.arange(len(dataset))
+        return self.evaluation_loader(dataset, lambda epoch: every, len(every))
 
     def image_name(self, part: str, index: int) -> str:
         """The file (or the set and number) of an image, by the ``index`` of a batch of train, validation or test."""
@@ -324,11 +301,7 @@ class VisionDataModule(LightningDataModule):
         """Cut from train what is not there by itself."""
         fractions = {} if "validation" in found else {"validation": self.validation_fraction}
         fractions |= {"test": self.test_fraction} if self.test_fraction else {}
-        if sum(fractions.values()) >= 1:
-            raise ValueError(
-                f"validation_fraction and test_fraction: together {sum(fractions.values())}, expected under 1, so that "
-                f"a part is left to train on"
-            )
+        self.check_rest(fractions)
         train = found["train"]
         labels = train.labels[kept["train"]]
         pieces = splits.stratified(labels, list(fractions.values()), self.split_seed, train.classes)
@@ -369,35 +342,6 @@ class VisionDataModule(LightningDataModule):
             order = torch.from_numpy(pixel_order(height * width, self.pixel_order, self.permutation_seed))
         view = View(self._normalization(), order, self.pixel_values == "token")
         return Images(source, indices, self.image_shape, transform, view, **training)
-
-    def _evaluation(self, part: str) -> DataLoader:
-        transform = augmentation.evaluation_transform(self.image_size, self.crop_pct, self.interpolation)
-        dataset = self._dataset(part, transform)
-        every = np.arange(len(dataset))
-        return DataLoader(
-            dataset,
-            batch_size=self.validation_batch_size,
-            sampler=EpochSampler(lambda epoch: every, len(every), even=False, **self._processes()),
-            **self._loader_options(),
-        )
-
-    def _loader_options(self) -> dict[str, Any]:
-        return {
-            "collate_fn": as_it_is,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-        }
-
-    def _processes(self) -> dict[str, Any]:
-        """How many processes share the data, and which one this is, as the trainer's strategy has it."""
-        kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        return kwargs or {"num_replicas": 1, "rank": 0}
-
-    def _finished_batches(self) -> int:
-        """Batches of this epoch that training has taken its step on."""
-        assert self.trainer is not None
-        return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
 
 
 def _short(value: list | None) -> str:

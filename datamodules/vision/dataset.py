@@ -126,11 +126,6 @@ class Images(Dataset):
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
-def as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The ``collate_fn`` for :class:`Images`, which gives whole batches."""
-    return batch
-
-
 class ShuffledImages:
     """The order of training: every image once in an epoch, in a new order each time.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from mambakit.datamodules.paths import path_in
 from mambakit.datamodules.vision.files import ImageFiles, open_files
 
 DIGITS = "digits"
@@ -163,11 +164,6 @@ def decodable(source: ImageSource, threads: int) -> np.ndarray:
 
     with ThreadPoolExecutor(threads) as pool:
         return np.fromiter(pool.map(decodes, range(len(source))), dtype=bool, count=len(source))
-
-
-def path_in(root: str | Path, name: str) -> Path:
-    """``name`` as an absolute path, a relative one against ``root``; a leading ~ is the home folder."""
-    return (Path(root).expanduser() / Path(name).expanduser()).absolute()
 
 
 def open_parts(data: str, root: str | Path = ".", download: bool = False) -> dict[str, ImageSource]:
