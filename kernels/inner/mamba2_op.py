@@ -310,7 +310,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _gradients(ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    kept, tensors = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+    saved = ctx.saved_tensors  # read once: activation checkpointing allows no second time
+    kept, tensors = saved[:5], saved[5:]
     given = Arguments(*tensors)
     if dout is None:
         dout = given.projected.new_zeros(*given.projected.shape[:2], given.out_proj_weight.shape[0])

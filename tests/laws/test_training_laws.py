@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from mambakit.kernels import use_backend
 from mambakit.kernels.testing import assert_close
@@ -52,6 +53,18 @@ def test_one_step_moves_every_parameter(case):
     model(torch.randn(2, 9, 8)).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and bool((parameter.grad != 0).any()), name
+
+
+def test_recomputed_in_the_backward_pass(case, device):
+    """Activation checkpointing gives the same gradients; what an operator kept may be read only once then."""
+    torch.manual_seed(0)
+    model = case.make(8).to(device)
+    x = torch.randn(2, 9, 8, device=device, requires_grad=True)
+    leaves = dict(model.named_parameters(), x=x)
+    want = torch.autograd.grad(model(x).square().sum(), list(leaves.values()))
+    got = torch.autograd.grad(checkpoint(model, x, use_reentrant=False).square().sum(), list(leaves.values()))
+    for name, one, other in zip(leaves, got, want, strict=True):
+        assert_close(name, one, other, 1e-5)
 
 
 def test_key_round_trip(case):
