@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,8 @@ class SS2D(NonCausal):
         y = sum_k scan_k(x; delta_k, A_k, B_k, C_k, D_k),    output = out_proj(LayerNorm(y))
 
     where scan_k is :func:`mambakit.kernels.selective_scan` in the order of k; with ``gate``, the LayerNorm's output is
-    multiplied by SiLU(z), z a second half of in_proj. No direction makes copies but one: columns need x in their order.
-    The backward directions run the scan in reverse, and each point's results are added up where it lies in the image.
+    multiplied by SiLU(z), z a second half of in_proj. One call of the scan runs all four directions, the backward ones
+    from the end, so that nothing is flipped; each point's results are added up where it lies in the image.
 
     Parameters carry VMamba's names and layouts. The defaults are those of its released models (``v05_noz``): one state
     a channel and no gate; its first version is ``d_state=16, gate=True, conv_bias=True``.
@@ -151,9 +151,7 @@ class SS2D(NonCausal):
         if real is not None:
             x = x.masked_fill(~real.unsqueeze(-1), 0)
         x = F.silu(self.conv2d(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-        by_rows = self._both_ways(x, 0, real)
-        by_columns = self._both_ways(x.transpose(1, 2), 1, None if real is None else real.transpose(1, 2))
-        y = self.out_norm(by_rows + by_columns.transpose(1, 2))
+        y = self.out_norm(self._scan(x, real))
         return self.out_proj(y if gate is None else y * F.silu(gate))
 
     def sizes(self, length: int) -> tuple[int, int]:
@@ -175,27 +173,31 @@ class SS2D(NonCausal):
             )
         return -(-length // width) if height is None else height, width
 
-    def _both_ways(self, x: Tensor, first: int, real: Tensor | None) -> Tensor:
-        """The sum of directions ``first`` and ``first + 2``, the scans along x's second axis, line by line.
+    def _scan(self, x: Tensor, real: Tensor | None) -> Tensor:
+        """The sum over the four directions, (B, H, W, D) to the same shape.
 
-        Two scans of one u: in one call (``reverse="half"``) it would have to lie in memory twice.
+        One call scans them all, so that a GPU has four times the sequences at once: channels lie by direction, rows and
+        columns in the half that runs forwards, then the same in the half that runs backwards.
         """
-        u = x.flatten(1, 2)
-        projected = F.linear(u, self.x_proj_weight[first::2].flatten(0, 1))
-        skip = None if real is None else ~real.flatten(1, 2).unsqueeze(-1)
-        summed = None
-        for k, values in zip((first, first + DIRECTIONS // 2), projected.chunk(2, dim=-1), strict=True):
-            dt, B, C = values.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-            delta = F.linear(dt, self.dt_projs_weight[k])
-            if skip is not None:
-                delta = delta.masked_fill(skip, NO_STEP)
-            channels = slice(k * self.d_inner, (k + 1) * self.d_inner)
-            A, D, bias = self._A(channels), self.Ds[channels], self.dt_projs_bias[k]
-            y = selective_scan(u, delta, A, B, C, D, None, bias, True, reverse=k != first)
-            summed = y if summed is None else summed + y
-        return cast(Tensor, summed).unflatten(1, x.shape[1:3])
+        rows, columns = x.flatten(1, 2), x.transpose(1, 2).flatten(1, 2)
+        by_order = [
+            F.linear(one, self.x_proj_weight[first::2].flatten(0, 1)).unflatten(-1, (2, -1))
+            for first, one in enumerate((rows, columns))
+        ]
+        projected = torch.stack(by_order, dim=-2).flatten(2, 3)  # (B, L, K, R + 2 N)
+        dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        # One product with many zeros: the ranks are small, and four products would have to be joined by a copy.
+        delta = F.linear(dt.flatten(2), torch.block_diag(*self.dt_projs_weight))
+        if real is not None:
+            skip = ~torch.stack((real.flatten(1, 2), real.transpose(1, 2).flatten(1, 2)), dim=-1)
+            delta = delta.unflatten(-1, (2, 2, -1)).masked_fill(skip[:, :, None, :, None], NO_STEP).flatten(2)
+        u = torch.cat((rows, columns, rows, columns), dim=-1)
+        bias = self.dt_projs_bias.flatten()
+        y = selective_scan(u, delta, self._A(), B, C, self.Ds, None, bias, True, reverse="half")
+        by_rows, by_columns = y.unflatten(-1, (2, 2, -1)).sum(dim=2).unbind(2)
+        height, width = x.shape[1:3]
+        return by_rows.unflatten(1, (height, width)) + by_columns.unflatten(1, (width, height)).transpose(1, 2)
 
-    def _A(self, channels: slice) -> Tensor:
-        """Rows of A (K D, N), negative; float32 at least, since exp(delta A) magnifies rounding."""
-        A_logs = self.A_logs[channels]
-        return -torch.exp(A_logs if A_logs.dtype == torch.float64 else A_logs.float())
+    def _A(self) -> Tensor:
+        """A (K D, N), negative; float32 at least, since exp(delta A) magnifies rounding."""
+        return -torch.exp(self.A_logs if self.A_logs.dtype == torch.float64 else self.A_logs.float())
