@@ -11,11 +11,11 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mambakit.kernels import cauchy
 from mambakit.mixers.base import last_inputs
 from mambakit.mixers.hippo import legs_spectrum
+from mambakit.mixers.packed import convolve_packed, count_changes
 from mambakit.mixers.s4d import ConvolutionMixer, ConvolutionState, check_system
 
 CHUNK = 16  # S, a power of two
@@ -137,7 +137,7 @@ class S4Kernel(nn.Module):
         chunks = length // CHUNK + 1  # one more than are full: before it lies the last state
         missing = chunks * CHUNK - length
         blocks = F.pad(x, (0, 0, 0, missing)).view(batch, chunks, CHUNK, channels)
-        sequence = x.new_zeros(batch, length, dtype=torch.int64) if seq_idx is None else _count_changes(seq_idx)
+        sequence = x.new_zeros(batch, length, dtype=torch.int64) if seq_idx is None else count_changes(seq_idx)
         sequence = F.pad(sequence, (0, missing)).view(batch, chunks, CHUNK)
         owner = torch.cat((sequence[:, :1, 0], sequence[:, :-1, -1]), dim=1)  # whose the state before a chunk is
         foreign = (sequence != sequence[:, :, -1:]).unsqueeze(3)
@@ -147,12 +147,11 @@ class S4Kernel(nn.Module):
         states = _states_before(changes[-1], written, cleared, start)
         carried = torch.einsum("dsn,bcdn->bcsd", outputs, states)
         carried = carried.masked_fill((sequence != owner.unsqueeze(2)).unsqueeze(3), 0)
-        toeplitz = _toeplitz(kernel)
         if seq_idx is None:
-            y = carried + torch.einsum("dst,bctd->bcsd", toeplitz, blocks)
-        else:  # holds S times x: computed again in the backward instead of kept
-            y = carried + checkpoint(_convolve_apart, blocks, toeplitz, sequence, use_reentrant=False)
-        y = y.view(batch, chunks * CHUNK, channels)[:, :length]
+            within = torch.einsum("dst,bctd->bcsd", _toeplitz(kernel), blocks)
+        else:
+            within = convolve_packed(blocks.flatten(0, 1), kernel, sequence.flatten(0, 1)).view_as(blocks)
+        y = (carried + within).view(batch, chunks * CHUNK, channels)[:, :length]
 
         # The state after lengths[b] elements: that before their last chunk, the steps that remain, their inputs.
         if lengths is None:
@@ -255,21 +254,10 @@ def _states_before(change: Tensor, written: Tensor, cleared: Tensor, start: Tens
     return torch.stack((even, after(even, 0)), dim=2).flatten(1, 2)
 
 
-def _count_changes(seq_idx: Tensor) -> Tensor:
-    """(B, L): how often seq_idx (B, L) has changed so far, so that no sequence bears the number of another."""
-    return F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)).cumsum(1)
-
-
 def _toeplitz(kernel: Tensor) -> Tensor:
     """T (D, S, S) of kernel (D, S): T_st = K_(s-t), 0 for s < t."""
     times = torch.arange(kernel.shape[1], device=kernel.device)
     return kernel[:, (times.unsqueeze(1) - times).clamp(min=0)].tril()
-
-
-def _convolve_apart(blocks: Tensor, toeplitz: Tensor, sequence: Tensor) -> Tensor:
-    """T x within each chunk, but for inputs of another sequence: (B, M, S, D), T (D, S, S), sequence (B, M, S)."""
-    other = (sequence.unsqueeze(3) != sequence.unsqueeze(2)).unsqueeze(4)
-    return torch.einsum("dst,bcstd->bcsd", toeplitz, blocks.unsqueeze(2).masked_fill(other, 0))
 
 
 class S4(ConvolutionMixer):
@@ -278,10 +266,10 @@ class S4(ConvolutionMixer):
         dh/dt = A h + B x, A = Lambda - P P^*,    dA = (1 - dt/2 A)^-1 (1 + dt/2 A), dB = (1 - dt/2 A)^-1 dt B
         h_t = dA h_{t-1} + dB x_t,    y_t = Re(C h_t) + D x_t,    output = GLU(W GELU(y) + b)
 
-    Training convolves with K_t = Re(C dA^t dB) by FFT. Its kernel costs O(N L) a channel, and O(N^3 log L) for ending
-    it at L exactly, whatever L is. ``step`` costs O(N) a channel; calls with a state or packed sequences run the
-    recurrence, by chunks. A = Lambda - P P^* is stable whatever is learnt (Goel, Gu, Donahue and Ré 2022,
-    arXiv 2202.09729).
+    Training convolves with K_t = Re(C dA^t dB) by FFT, O(L log L), packed sequences at O(L log^2 L). Its kernel costs
+    O(N L) a channel, and O(N^3 log L) for ending it at L exactly, whatever L is. ``step`` costs O(N) a channel; calls
+    with a state run the recurrence, by chunks. A = Lambda - P P^* is stable whatever is learnt (Goel, Gu, Donahue and
+    Ré 2022, arXiv 2202.09729).
 
     Args:
         d_model: width of input and output.

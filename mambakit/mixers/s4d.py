@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambakit.kernels import log_vandermonde, log_vandermonde_transpose, selective_scan
+from mambakit.kernels import log_vandermonde, log_vandermonde_transpose
 from mambakit.mixers.base import SequenceMixer, State
 from mambakit.mixers.hippo import legs_spectrum
+from mambakit.mixers.packed import convolve_packed, count_changes
 
 Init = Literal["lin", "inv", "legs", "real"]
 Discretization = Literal["zoh", "bilinear"]
@@ -98,24 +99,28 @@ class S4DKernel(nn.Module):
         """Outputs (B, L, D) and last states (B, D, N/2) of the recurrence along x (B, L, D).
 
         A linear system's output is what it makes of x plus what it makes of its first state, its last state likewise:
-        a convolution and three sums of exponentials. Where seq_idx clears states between, the selective scan.
+        a convolution and three sums of exponentials. Of packed sequences, the first state is heard by the first one
+        alone, and the last state is of the last one alone, to which padding belongs.
         """
         log_dA, dB, C = self.discretize(rate)
         length = x.shape[1]
-        if seq_idx is not None:
-            steps = torch.ones_like(x)
-            if lengths is not None:  # a step of 0 leaves the state as it is
-                times = torch.arange(length, device=x.device)
-                steps = (times < lengths.unsqueeze(1)).to(x.dtype).unsqueeze(-1).expand_as(x)
-            options: dict[str, Any] = {"initial_state": before, "seq_idx": seq_idx, "return_final_state": True}
-            return selective_scan(x, steps, log_dA, dB, C, **options, backend="torch")  # no kernel takes a complex A
-        y = fft_convolve(x, log_vandermonde(C * dB, log_dA, length))
-        h = dB * log_vandermonde_transpose(_from_the_end(x, lengths).mT, log_dA)
+        y = convolve(x, log_vandermonde(C * dB, log_dA, length), seq_idx)
+        if seq_idx is None:
+            written = x
+        else:
+            sequence = count_changes(seq_idx)
+            last = sequence[:, -1:]
+            written = x.masked_fill((sequence != last).unsqueeze(2), 0)
+        h = dB * log_vandermonde_transpose(_from_the_end(written, lengths).mT, log_dA)
         if before is not None:
-            y = y + log_vandermonde(C * log_dA.exp() * before, log_dA, length).mT
+            carried = log_vandermonde(C * log_dA.exp() * before, log_dA, length).mT
             count = torch.full_like(x[:, 0, 0], length) if lengths is None else lengths
             phase = log_dA.to(torch.complex128) * count.view(-1, 1, 1)  # up to 1e5 radians
-            h = h + phase.exp().to(h.dtype) * before
+            kept = phase.exp().to(h.dtype) * before
+            if seq_idx is not None:
+                carried = carried.masked_fill((sequence > 0).unsqueeze(2), 0)
+                kept = kept.masked_fill((last > 0).unsqueeze(2), 0)
+            y, h = y + carried, h + kept
         return y, h
 
     def step(self, x_t: Tensor, before: Tensor, rate: float) -> tuple[Tensor, Tensor]:
@@ -134,7 +139,7 @@ class ConvolutionMixer(SequenceMixer):
     kernels K (D, L); ``kernel.recur(x, before, seq_idx, lengths, rate)``, the outputs (B, L, D) and last states
     (B, D, N/2) complex of the recurrence, which begins with the states ``before`` or None; and
     ``kernel.step(x_t, before, rate)``, one element of it. All are computed in float32 at least. Training convolves by
-    FFT, at O(L log L); calls with a state or packed sequences, and ``step``, take the recurrence's view.
+    FFT, at O(L log L), or by halves of packed sequences; calls with a state, and ``step``, take the recurrence's view.
     """
 
     state_type: ClassVar[type[ConvolutionState]]
@@ -161,9 +166,10 @@ class ConvolutionMixer(SequenceMixer):
         new_state = None
         with torch.autocast(x.device.type, enabled=False):  # FFTs and powers are taken in float32 at least
             wide = x.to(self._dtype())
-            if state is None and seq_idx is None and not return_state:
+            if state is None and not return_state:
                 kernel = self.kernel(x.shape[1], self.rate)  # its first element takes the skip in
-                y = fft_convolve(wide, torch.cat((kernel[:, :1] + self.D.unsqueeze(1), kernel[:, 1:]), dim=1))
+                kernel = torch.cat((kernel[:, :1] + self.D.unsqueeze(1), kernel[:, 1:]), dim=1)
+                y = convolve(wide, kernel, seq_idx)
             else:
                 before = None if state is None else torch.view_as_complex(state.ssm.to(wide.dtype))
                 y, last = self.kernel.recur(wide, before, seq_idx, lengths, self.rate)  # type: ignore[operator]
@@ -200,9 +206,9 @@ class S4D(ConvolutionMixer):
 
         h_t = dA h_{t-1} + dB x_t,    y_t = Re(C h_t) + D x_t,    output = GLU(W GELU(y) + b)
 
-    Training convolves with the kernel K_t = Re(C dA^t dB) by FFT, at O(L log L); ``step`` and calls with a state or
-    packed sequences run the recurrence. Parameters carry the names of the s4 repository's minimal ``S4D``
-    (``kernel.*``, ``D``, ``output_linear.0.*``), so its checkpoints load as they are.
+    Training convolves with the kernel K_t = Re(C dA^t dB) by FFT, at O(L log L), packed sequences at O(L log^2 L); a
+    state's part is a sum of exponentials, and ``step`` runs the recurrence. Parameters carry the names of the s4
+    repository's minimal ``S4D`` (``kernel.*``, ``D``, ``output_linear.0.*``), so its checkpoints load as they are.
 
     Args:
         d_model: width of input and output.
@@ -292,6 +298,11 @@ def _from_the_end(x: Tensor, lengths: Tensor | None) -> Tensor:
     at = lengths.unsqueeze(1) - 1 - torch.arange(x.shape[1], device=x.device)
     turned = x.gather(1, at.clamp(min=0).unsqueeze(-1).expand_as(x))
     return turned.masked_fill((at < 0).unsqueeze(-1), 0)
+
+
+def convolve(x: Tensor, kernel: Tensor, seq_idx: Tensor | None) -> Tensor:
+    """y_t = sum_k K_k x_{t-k}, from x of t's own sequence: x (B, L, D), kernel (D, L), seq_idx (B, L) to (B, L, D)."""
+    return fft_convolve(x, kernel) if seq_idx is None else convolve_packed(x, kernel, count_changes(seq_idx))
 
 
 def fft_convolve(x: Tensor, kernel: Tensor) -> Tensor:

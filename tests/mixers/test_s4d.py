@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from mambakit.kernels.testing import assert_close, random_tensor
-from mambakit.mixers import DSS, S4D
+from mambakit.mixers import DSS, S4, S4D
 from mambakit.mixers.s4d import Discretization, Init, fast_length, fft_convolve, initial_A
 from mambakit.optim import parameter_groups
 
@@ -111,6 +111,36 @@ def test_states_after_different_lengths_are_the_steps_states():
             y_t, h = mixer.step(x[b : b + 1, t], h)
             assert_close("y", y[b, t], y_t[0], 1e-9)
         assert_close("state", last.ssm[b], h.ssm[0], 1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [S4D, S4])
+def test_packed_sequences_after_a_state_are_steps(kind: type):
+    """The first sequence of a row goes on from the state, the others from nothing; rows end in their 1st to 3rd one."""
+    torch.manual_seed(0)
+    mixer, lengths = kind(3, 6, dt_min=0.05).double(), torch.tensor([40, 23, 5, 0])
+    x = random_tensor(4, 40, 3, seed=0, dtype=torch.float64)
+    seq_idx = torch.repeat_interleave(torch.tensor([2, 0, 2]), torch.tensor([6, 17, 17])).int().expand(4, -1)
+    state = mixer(random_tensor(4, 5, 3, seed=1, dtype=torch.float64), return_state=True)[1]
+    mask = torch.arange(40) < lengths.unsqueeze(1)
+    y, last = mixer(x, state=state, seq_idx=seq_idx, mask=mask, return_state=True)
+    for b, length in enumerate(lengths):
+        h = mixer.state_type(state.ssm[b : b + 1])
+        for t in range(length):
+            h = mixer.init_state(1) if t and seq_idx[b, t] != seq_idx[b, t - 1] else h
+            y_t, h = mixer.step(x[b : b + 1, t], h)
+            assert_close("y", y[b, t], y_t[0], 1e-9)
+        assert_close("state", last.ssm[b], h.ssm[0], 1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [S4D, DSS, S4])
+def test_packed_training_takes_the_convolution_alone(monkeypatch, kind: type):
+    mixer, x = kind(2, 4), torch.randn(1, 6, 2)
+    seq_idx = torch.tensor([[0, 0, 0, 1, 1, 1]], dtype=torch.int32)
+    want = mixer(x, seq_idx=seq_idx, return_state=True)[0]
+    monkeypatch.setattr(type(mixer.kernel), "recur", None)
+    assert_close("y", mixer(x, seq_idx=seq_idx), want, 1e-5)
 
 
 @torch.no_grad()
