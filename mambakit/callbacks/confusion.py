@@ -21,8 +21,9 @@ class ConfusionMatrix(Callback):
     """Saves ``confusion_validation.png`` at the end of a fit and ``confusion_test.png`` at the end of a test.
 
     Row i, column j: how many examples of class i were taken for class j, in the last validation or in the test; the
-    colour is the part of the row. For tasks whose steps return ``{"logits": (B, K)}`` and whose batches hold
-    ``labels`` (B,), such as :class:`mambakit.tasks.Classify`. Counts of several processes are added up.
+    colour is the part of the row. For tasks whose steps return ``{"logits": (B, K, ...)}`` and whose batches hold
+    ``labels`` (B, ...), such as :class:`mambakit.tasks.Classify` and, pixel by pixel, :class:`mambakit.tasks.Segment`.
+    Counts of several processes are added up.
     """
 
     def __init__(self) -> None:
@@ -60,7 +61,9 @@ class ConfusionMatrix(Callback):
     def _count(self, stage: str, outputs: Any, batch: Any) -> None:
         logits, labels = outputs["logits"], batch["labels"]
         classes = logits.shape[1]
-        cells = torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2).view(classes, classes)
+        asked = (labels >= 0) & (labels < classes)  # segmentation marks pixels that do not count by another number
+        cells = (labels * classes + logits.argmax(1))[asked]
+        cells = torch.bincount(cells, minlength=classes**2).view(classes, classes)
         self.counts[stage] = self.counts.get(stage, 0) + cells
 
     def _add_up(self, stage: str, pl_module: LightningModule) -> None:

@@ -3,5 +3,7 @@
 from mambakit.tasks.base import Task
 from mambakit.tasks.causal_lm import CausalLM
 from mambakit.tasks.classify import Classify
+from mambakit.tasks.masked_image import MaskedImage
+from mambakit.tasks.segment import Segment
 
-__all__ = ["CausalLM", "Classify", "Task"]
+__all__ = ["CausalLM", "Classify", "MaskedImage", "Segment", "Task"]

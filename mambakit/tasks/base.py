@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities import rank_zero_info
+from torchmetrics import Metric, MetricCollection
 
 from mambakit.optim import OptimConfig, describe_groups, parameter_groups, warmup_cosine
 
@@ -50,3 +51,14 @@ class Task(LightningModule):
             return self.trainer.strategy.broadcast(min(1.0, gone / (gone + left)) if gone + left > 0 else 1.0)
 
         return elapsed
+
+
+def start_anew(*metrics: Metric | MetricCollection) -> None:
+    """Reset metrics so that any later stage can use them.
+
+    ``Trainer.validate`` runs in inference mode and the validation of a fit does not: a state that was made in the first
+    cannot be added to in the second.
+    """
+    with torch.inference_mode(False):
+        for metric in metrics:
+            metric.reset()

@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric, Metric
 from mambakit.backbone import Backbone
 from mambakit.models import LanguageModel, PresetBackbone, PresetName
 from mambakit.optim import OptimConfig
-from mambakit.tasks.base import Task
+from mambakit.tasks.base import Task, start_anew
 
 
 class BitsPerByte(Metric):
@@ -117,8 +117,7 @@ class CausalLM(Task):
         loss = self.loss_metrics[stage].compute()  # type: ignore[operator]
         self.log(f"{stage}/loss", loss, prog_bar=True)
         self.log(f"{stage}/perplexity", loss.exp())
-        self.loss_metrics[stage].reset()  # type: ignore[operator]
         bits = self.byte_metrics[stage]
         if bits.n_bytes > 0:  # type: ignore[operator]
             self.log(f"{stage}/bits_per_byte", bits.compute().float(), prog_bar=True)  # type: ignore[operator]
-        bits.reset()  # type: ignore[operator]
+        start_anew(self.loss_metrics[stage], bits)  # type: ignore[arg-type]

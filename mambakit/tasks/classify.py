@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 from mambakit.backbone import Backbone
 from mambakit.heads.classify import PoolName, SequenceClassifier, mask_of
 from mambakit.optim import OptimConfig
-from mambakit.tasks.base import Task
+from mambakit.tasks.base import Task, start_anew
 from mambakit.tasks.timm_model import spare_from_decay, timm_model
 
 
@@ -141,4 +141,4 @@ class Classify(Task):
         shown = ("loss", "accuracy")
         for name, value in metrics.compute().items():  # type: ignore[operator]
             self.log(f"{stage}/{name}", value.float(), prog_bar=name in shown)
-        metrics.reset()  # type: ignore[operator]
+        start_anew(metrics)  # type: ignore[arg-type]

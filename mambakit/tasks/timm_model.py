@@ -75,3 +75,17 @@ def spare_from_decay(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if name in spared:
             parameter._no_weight_decay = True  # type: ignore[attr-defined]
+
+
+def check_features(model: nn.Module) -> Any:
+    """The model, if it gives feature maps by timm's protocol.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not (hasattr(model, "forward_intermediates") and getattr(model, "feature_info", None)):
+        raise ValueError(
+            f"backbone: {type(model).__name__} gives no feature maps; expected a model with timm's "
+            "forward_intermediates and feature_info, such as vim_tiny_patch16_224"
+        )
+    return model

@@ -75,6 +75,12 @@ def test_a_split_of_ignored_labels_does_not_spoil_the_mean(tmp_path):
     assert measured["validation/loss"] == pytest.approx(without["validation/loss"], rel=1e-5)
 
 
+def test_a_fit_can_follow_a_validation(tmp_path):
+    model = task()
+    trainer(tmp_path).validate(model, batches(2, n_bytes=3), verbose=False)
+    trainer(tmp_path, max_steps=2).fit(model, batches(3), batches(2, n_bytes=3))
+
+
 def test_training_learns_a_rule(tmp_path):
     model = task()
     before = trainer(tmp_path).validate(model, batches(4, seed=9), verbose=False)[0]["validation/loss"]
