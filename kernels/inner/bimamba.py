@@ -89,16 +89,17 @@ def forward(given: Arguments, scale: float, backend: str) -> tuple[Tensor, Saved
 
 
 class Gradients(NamedTuple):
-    """Of the weights as they are packed, those of both directions in one tensor."""
+    """Those of both directions in one tensor each; ``apart`` has x_proj, dt_proj and A_log, as ``packing.unpack`` says.
+
+    Each direction's is contiguous there, so that autograd keeps it as it is, where a part of a matrix would be copied.
+    """
 
     xz: Tensor
-    conv_weight: Tensor
-    conv_bias: Tensor | None
-    x_proj: Tensor
-    dt_proj: Tensor
-    dt_bias: Tensor
-    A_log: Tensor
-    D: Tensor
+    conv_weight: Tensor  # (2, D, W)
+    conv_bias: Tensor | None  # (2, D)
+    apart: Tensor
+    dt_bias: Tensor  # (2D,)
+    D: Tensor  # (2D,)
     out_proj_weight: Tensor
     out_proj_bias: Tensor | None
 
@@ -112,7 +113,8 @@ def backward(dout: Tensor, given: Arguments, saved: Saved, scale: float, backend
     dgated = (dout @ weights.out_proj).view(z.shape)
     dxz = torch.empty_like(given.xz)
     dx, dz = dxz.chunk(2, dim=-1)
-    gated, dy = _own(backend)[0].backward(dgated, saved.total, z, scale, dz)
+    gate, packing = _own(backend)
+    gated, dy = gate.backward(dgated, saved.total, z, scale, dz)
     dout_proj_weight = weight_gradient(dout, _tokens(gated), given.out_proj_weight)
     del dgated, gated
     u = conv.forward_both(x, weights.conv_weight, weights.conv_bias, given.seq_idx, True)
@@ -138,10 +140,8 @@ def backward(dout: Tensor, given: Arguments, saved: Saved, scale: float, backend
         xz=dxz,
         conv_weight=dconv_weight,
         conv_bias=dconv_bias,
-        x_proj=dx_proj,
-        dt_proj=ddt_proj,
+        apart=packing.unpack(cut, dx_proj, ddt_proj, dA, weights.A),
         dt_bias=ddt_bias,
-        A_log=dA.mul_(weights.A),
         D=dD,
         out_proj_weight=dout_proj_weight,
         out_proj_bias=None if given.out_proj_bias is None else dout.sum(0).to(given.out_proj_bias.dtype),
@@ -150,22 +150,17 @@ def backward(dout: Tensor, given: Arguments, saved: Saved, scale: float, backend
 
 def spread(given: Arguments, gradients: Gradients) -> tuple[Tensor | None, ...]:
     """The gradients of ``given.flat()`` up to out_proj_bias, as views where the dtypes agree."""
-    cut, sides = layout(given), []
-    for i, one in enumerate((given.forwards, given.backwards)):
-        channels = slice(i * cut.channels, (i + 1) * cut.channels)
-        first, last = i * cut.rows + cut.dt_rows - cut.rank, (i + 1) * cut.rows
-        side = Direction(
-            conv_weight=gradients.conv_weight[i].unsqueeze(1),
-            conv_bias=None if gradients.conv_bias is None else gradients.conv_bias[i],
-            x_proj_weight=gradients.x_proj[first:last, channels],
-            dt_proj_weight=gradients.dt_proj[channels, first : first + cut.rank],
-            dt_bias=gradients.dt_bias[channels],
-            A_log=gradients.A_log[channels],
-            D=gradients.D[channels],
-        )
-        pairs = zip(one, side, strict=True)
-        sides.append([None if own is None or found is None else found.to(own.dtype) for own, found in pairs])
-    return (gradients.xz, *sides[0], *sides[1], gradients.out_proj_weight, gradients.out_proj_bias)
+    pieces = gradients.apart.split_with_sizes(layout(given).apart)
+    biases = (None, None) if gradients.conv_bias is None else gradients.conv_bias.unbind()
+    found = zip(
+        gradients.conv_weight.unsqueeze(2).unbind(), biases, pieces[:2], pieces[2:4], gradients.dt_bias.chunk(2),
+        pieces[4:], gradients.D.chunk(2), strict=True,
+    )  # fmt: skip
+    sides: list[Tensor | None] = []
+    for one, side in zip((given.forwards, given.backwards), found, strict=True):
+        for own, gradient in zip(one, side, strict=True):
+            sides.append(None if own is None or gradient is None else gradient.view(own.shape).to(own.dtype))
+    return (gradients.xz, *sides, gradients.out_proj_weight, gradients.out_proj_bias)
 
 
 def _own(backend: str) -> tuple[ModuleType, ModuleType]:
@@ -191,5 +186,5 @@ def _select(given: Arguments, cut: Layout, x_dbl: Tensor, weights: Weights) -> t
     if given.lengths is not None:
         # The gradient needs no mask: softplus is flat there, exactly.
         delta.masked_fill_(padding(delta, given.lengths), NO_STEP)
-    _, B, C = x_dbl.view(batch, length, 2, -1).split((cut.dt_rows, cut.d_state, cut.d_state), dim=3)
+    _, B, C = x_dbl.view(batch, length, 2, -1).split_with_sizes((cut.dt_rows, cut.d_state, cut.d_state), dim=3)
     return delta, B, C

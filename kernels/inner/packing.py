@@ -1,4 +1,5 @@
-"""The weights of both directions laid out for ``bimamba.py``, in PyTorch; ``triton_packing.py`` does it in one launch.
+"""The weights of both directions laid out for ``bimamba.py``, and their gradients taken apart again, in PyTorch;
+``triton_packing.py`` does each in one launch.
 
 Of each direction the rows of x_proj are padded in front by zeros, so that B and C begin at multiples of 16 numbers,
 as wide loads want them:
@@ -71,10 +72,17 @@ class Layout(NamedTuple):
             twice * self.d_state, twice * self.width, twice, twice, twice,
         )  # fmt: skip
 
+    @property
+    def apart(self) -> tuple[int, int, int, int, int, int]:
+        """Numbers of x_proj, dt_proj and A_log as a direction has them, of both directions in turn."""
+        own, ranks, states = (self.rank + 2 * self.d_state, self.rank, self.d_state)
+        return tuple(self.channels * rows for rows in (own, own, ranks, ranks, states, states))  # type: ignore[return-value]
+
     def split(self, matrices: Tensor, vectors: Tensor, conv_bias: bool) -> Weights:
         """Views of the two flat tensors."""
-        x_proj, dt_proj, out_proj = matrices.split(self.sizes[0])
-        A, conv_weight, bias, D, dt_bias = vectors.split(self.sizes[1])
+        of_matrices, of_vectors = self.sizes
+        x_proj, dt_proj, out_proj = matrices.split_with_sizes(of_matrices)
+        A, conv_weight, bias, D, dt_bias = vectors.split_with_sizes(of_vectors)
         return Weights(
             x_proj.view(-1, 2 * self.channels),
             dt_proj.view(-1, 2 * self.rows),
@@ -111,3 +119,18 @@ def pack(
         if one.conv_bias is not None and own.conv_bias is not None:
             own.conv_bias[i] = one.conv_bias
     return matrices, vectors
+
+
+def unpack(cut: Layout, dx_proj: Tensor, ddt_proj: Tensor, dA: Tensor, A: Tensor) -> Tensor:
+    """The gradients of x_proj, dt_proj and A_log, those of each direction contiguous, as ``Layout.apart`` cuts them.
+
+    Returns one flat tensor in dA's dtype. dx_proj, ddt_proj, dA: gradients of the packed ones. A: the packed one.
+    """
+    pad, pieces = cut.dt_rows - cut.rank, []
+    for i in range(2):
+        channels = slice(i * cut.channels, (i + 1) * cut.channels)
+        pieces.append(dx_proj[i * cut.rows + pad : (i + 1) * cut.rows, channels])
+    for i in range(2):
+        channels = slice(i * cut.channels, (i + 1) * cut.channels)
+        pieces.append(ddt_proj[channels, i * cut.rows + pad : i * cut.rows + cut.dt_rows])
+    return torch.cat([piece.to(dA.dtype).reshape(-1) for piece in (*pieces, dA * A)])

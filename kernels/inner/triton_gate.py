@@ -7,6 +7,7 @@ bytes a thread at a time. Row offsets are int64. Letters: D channels of one dire
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -79,13 +80,19 @@ def backward(dgated: Tensor, total: Tensor, z: Tensor, scale: float, dz: Tensor)
 
 def _launch(kernel: Any, tensors: tuple[Tensor, ...], shape: tuple[int, ...], scale: float) -> None:
     batch, length, channels = shape
+    programs, rows, width = _tiles(batch * length, channels)
+    launch(kernel, (programs,), *tensors, batch * length, channels, scale, BT=rows, BD=width, num_warps=WARPS)
+
+
+@lru_cache(maxsize=1024)
+def _tiles(tokens: int, channels: int) -> tuple[int, int, int]:
+    """How many programs, and the tokens and channels of each."""
     if channels < 64:
         width = max(16, triton.next_power_of_2(channels))
     else:
         width = min((256, 128, 64), key=lambda size: triton.cdiv(channels, size) * size)
-    rows, tokens = ELEMENTS // width, batch * length
-    programs = triton.cdiv(tokens, rows) * triton.cdiv(channels, width)
-    launch(kernel, (programs,), *tensors, tokens, channels, scale, BT=rows, BD=width, num_warps=WARPS)
+    rows = ELEMENTS // width
+    return triton.cdiv(tokens, rows) * triton.cdiv(channels, width), rows, width
 
 
 def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]]:

@@ -1,6 +1,7 @@
-"""The weights of both directions laid out in one launch; ``packing.py`` says how they lie.
+"""The weights of both directions laid out in one launch, their gradients taken apart in another; ``packing.py`` says
+how they lie.
 
-A training step packs anew in every layer, and a dozen small copies would cost more time in launches than the scan.
+A training step does both anew in every layer, and a dozen small copies would cost more time in launches than the scan.
 """
 
 from __future__ import annotations
@@ -95,6 +96,47 @@ def pack(
     return matrices, vectors
 
 
+@triton.jit
+def unpack_kernel(dx_proj, ddt_proj, dA, A, apart, D, N, R, K, BLOCK: tl.constexpr):
+    """Grid (programs of x_proj + of dt_proj + of A_log,), of both directions each."""
+    of_x_proj, of_dt_proj, of_A = 2 * (R + 2 * N) * D, 2 * R * D, 2 * N * D
+    x_pieces, dt_pieces = tl.cdiv(of_x_proj, BLOCK), tl.cdiv(of_dt_proj, BLOCK)
+    program = tl.program_id(0)
+    e = tl.arange(0, BLOCK)
+    pad = K - 2 * N - R
+    if program < x_pieces:
+        e += program * BLOCK
+        row, column = e // D, e % D
+        side = row // (R + 2 * N)
+        source = (side * K + pad + row % (R + 2 * N)) * (2 * D) + side * D + column
+        inside = e < of_x_proj
+        tl.store(apart + e, tl.load(dx_proj + source, mask=inside, other=0.0).to(tl.float32), mask=inside)
+    elif program < x_pieces + dt_pieces:
+        e += (program - x_pieces) * BLOCK
+        row, column = e // R, e % R
+        source = row * (2 * K) + row // D * K + pad + column
+        inside = e < of_dt_proj
+        value = tl.load(ddt_proj + source, mask=inside, other=0.0).to(tl.float32)
+        tl.store(apart + of_x_proj + e, value, mask=inside)
+    else:
+        e += (program - x_pieces - dt_pieces) * BLOCK
+        inside = e < of_A
+        value = tl.load(dA + e, mask=inside, other=0.0) * tl.load(A + e, mask=inside, other=0.0)
+        tl.store(apart + of_x_proj + of_dt_proj + e, value, mask=inside)
+
+
+def unpack(cut: Layout, dx_proj: Tensor, ddt_proj: Tensor, dA: Tensor, A: Tensor) -> Tensor:
+    """As :func:`mambakit.kernels.inner.packing.unpack`, of contiguous tensors."""
+    sizes = cut.apart
+    apart = torch.empty(sum(sizes), dtype=torch.float32, device=dA.device)
+    programs = sum(-(-2 * size // BLOCK) for size in sizes[::2])
+    launch(
+        unpack_kernel, (programs,), dx_proj, ddt_proj, dA, A, apart,
+        cut.channels, cut.d_state, cut.rank, cut.rows, BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip
+    return apart
+
+
 def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]]:
     """(kernel, signature, constant arguments, warps) of typical calls, for a compile test that needs no GPU."""
     for absent in ((), ("conv_bias", "conv_bias_b")):
@@ -102,3 +144,6 @@ def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], in
         types = {"matrices": "*bf16"} | dict.fromkeys(("D", "N", "W", "R", "K", "M"), "i32")
         types |= dict.fromkeys(constants, "constexpr")
         yield pack_kernel, {name: types.get(name, "*fp32") for name in pack_kernel.arg_names}, constants, WARPS
+    types = dict.fromkeys(("D", "N", "R", "K"), "i32") | {"BLOCK": "constexpr"}
+    signature = {name: types.get(name, "*fp32") for name in unpack_kernel.arg_names}
+    yield unpack_kernel, signature, {"BLOCK": BLOCK}, WARPS

@@ -99,6 +99,14 @@ def test_outputs_and_gradients(backend: str, absent: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_autograd_keeps_the_gradients_as_they_are(backend: str) -> None:
+    """Laid out as their parameters: autograd would copy others, one launch each."""
+    given = {name: tensor.to(DEVICE) for name, tensor in inputs().items()}
+    gradients = everything(given, backend=backend)
+    assert [name for name in given if gradients[name].stride() != given[name].stride()] == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_packing(backend: str) -> None:
     compare(inputs(), backend, seq_idx=SEQ_IDX)
 
