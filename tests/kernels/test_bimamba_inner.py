@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mambakit.kernels.inner import Direction, bimamba_inner, mamba_inner
-from mambakit.kernels.inner.bimamba_op import _inner
+from mambakit.kernels.inner.bimamba_op import _inner, _inner_backward
 from mambakit.kernels.testing import assert_close, poisoned_memory, random_tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -182,13 +183,33 @@ def test_gradcheck() -> None:
     )
 
 
-@pytest.mark.parametrize("absent", [(), OPTIONAL])
-def test_operator(absent: tuple[str, ...]) -> None:
+def flat(absent: tuple[str, ...]) -> list[Tensor | None]:
+    """The tensors of a call in the operator's order, all but seq_idx and lengths."""
     given = inputs(absent=absent)
     sides = [f"{side}.{name}" for side in SIDES for name in Direction._fields]
-    names = ["xz", *sides, "out_proj_weight", "out_proj_bias"]
-    tensors = [given[name].requires_grad_() if name in given else None for name in names]
+    return [given.get(name) for name in ("xz", *sides, "out_proj_weight", "out_proj_bias")]
+
+
+@pytest.mark.parametrize("absent", [(), OPTIONAL])
+def test_operator(absent: tuple[str, ...]) -> None:
+    tensors = [None if tensor is None else tensor.requires_grad_() for tensor in flat(absent)]
     torch.library.opcheck(_inner, (*tensors, SEQ_IDX, torch.tensor([9, 4]), 0.5, "torch"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("absent", [(), OPTIONAL])
+def test_results_are_as_a_compiler_is_told(backend: str, absent: tuple[str, ...]) -> None:
+    """Shapes, strides and dtypes, forward and backward: compiled code reads the results by them."""
+    tensors = [None if tensor is None else tensor.to(DEVICE) for tensor in flat(absent)]
+    given = (*tensors, SEQ_IDX.to(DEVICE), torch.tensor([9, 4], device=DEVICE), 0.5, backend)
+    out, *saved = _inner(*given)
+    for operator, arguments in ((_inner, given), (_inner_backward, (torch.ones_like(out), *saved, *given))):
+        got = operator(*arguments)
+        with FakeTensorMode() as mode:
+            want = operator(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments))
+        for number, (real, fake) in enumerate(zip(got, want, strict=True)):
+            kind = (real.shape, real.stride(), real.dtype)
+            assert kind == (fake.shape, fake.stride(), fake.dtype), f"{operator} {number}"
 
 
 @pytest.mark.parametrize(
