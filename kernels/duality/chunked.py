@@ -84,12 +84,19 @@ def ssd_backward(
     seq_idx: Tensor | None,
     starts: Tensor,
     chunk_size: int,
+    out: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weights, log_decays, B, C, D, z and initial_state (None for what was not given)."""
+    """Gradients of x, weights, log_decays, B, C, D, z and initial_state (None for what was not given).
+
+    out: tensors for those of x, B, C and z (None: a new one), of any strides that leave a step's numbers side by side.
+    B's and C's share their strides.
+    """
     chunk_size, span = chunks_of(x, chunk_size)
     owners = None if seq_idx is None else _owners(seq_idx)
     timed = (x, weights, log_decays, B, C, z)
     wholes: list[Any] = [None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in timed]
+    for index, tensor in zip((0, 3, 4, 5), out or (), strict=False):
+        wholes[index] = wholes[index] if tensor is None else tensor
     dD: Any = None if D is None else torch.zeros(D.shape, dtype=starts.dtype, device=D.device)
     dstate: Any = torch.zeros_like(starts[0]) if dfinal_state is None else dfinal_state
     for index in reversed(range(len(starts))):

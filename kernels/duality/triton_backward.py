@@ -17,6 +17,8 @@ runs give the same bits.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -52,14 +54,14 @@ def input_gradients_kernel(
     dout, x, weights, logs, B, C, D, z, owners, befores, afters, dx, dweights, dlogs, dD, dz,
     length, heads, first_head, share, tiles,
     dout_b, dout_l, dout_h, x_b, x_l, x_h, B_b, B_l, B_g, C_b, C_l, C_g, z_b, z_l, z_h, D_h, D_p,
-    dx_b, dx_l, dw_b, dw_l, dD_b, dD_t, row_b, owner_b,
+    dx_b, dx_l, dz_b, dz_l, dw_b, dw_l, dD_b, dD_t, row_b, owner_b,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of x, z, weights and log decays, and a tile's part of D's, for ``heads`` of all H from first_head on.
 
     Grid (B * tiles * heads,). befores, afters (B, tiles, heads, P, N): the state before each tile, the gradient behind.
-    dx and dz share their strides, and dweights and dlogs (B, L, H) theirs; dD (B, tiles, H, P).
+    A step's heads lie side by side in dx and dz; dweights and dlogs (B, L, H) share their strides; dD (B, tiles, H, P).
     """
     local_head = tl.program_id(0) % heads
     head = first_head + local_head
@@ -112,7 +114,7 @@ def input_gradients_kernel(
         half = tl.sigmoid(gate)
         rise = half * (1.0 + gate * (1.0 - half))
         dgate = load_rows(dout, t0, dout_l, i, p, length, P, BP).to(tl.float32) * y * rise
-        store_rows(dz + b * dx_b + head * P, dgate, t0, dx_l, i, p, length, P, BP)
+        store_rows(dz + b * dz_b + head * P, dgate, t0, dz_l, i, p, length, P, BP)
     reach = tl.dot(tl.trans(mixed.to(OPERAND)), narrow, acc=reach, input_precision=PRECISION)
     dweight = tl.sum(wide * reach, axis=1)
     dinputs = reach * weight[:, None]
@@ -131,11 +133,12 @@ def input_gradients_kernel(
 
 @triton.jit
 def add_heads(
-    dout, x, weights, logs, vectors, z, owners, states, dvectors, block, tile, b,
+    dout, x, weights, logs, vectors, z, owners, states, sums, dvectors, block, tile, b,
     length, heads, first_head, share, tiles, block_heads,
-    dout_b, dout_l, dout_h, x_b, x_l, x_h, v_b, v_l, v_g, z_b, z_l, z_h, dv_part, dv_b, dv_l, dv_g, row_b, owner_b,
+    dout_b, dout_l, dout_h, x_b, x_l, x_h, v_b, v_l, v_g, z_b, z_l, z_h, sum_part, sum_b, sum_l, sum_g,
+    dv_part, dv_b, dv_l, dv_g, row_b, owner_b,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr, ADD: tl.constexpr, OF_B: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, OF_B: tl.constexpr,
 ):  # fmt: skip
     """The gradient of C at one tile from B (``vectors``) and the states before; OF_B: B's from C and what is behind."""
     first = first_head + block * block_heads
@@ -146,6 +149,8 @@ def add_heads(
     exists = (p < P)[:, None] & (n < N)[None, :]
     vectors += b * v_b + group * v_g
     dvectors += part.to(tl.int64) * dv_part + b * dv_b + group * dv_g
+    if sums is not None:
+        sums += part.to(tl.int64) * sum_part + b * sum_b + group * sum_g
     if owners is not None:
         owners += b * owner_b
     total = tl.zeros([Q, BN], tl.float32)
@@ -179,24 +184,24 @@ def add_heads(
             dscores += pairs * decay * weight[None, :]
     there = load_rows(vectors, t0, v_l, i, n, length, N, BN).to(OPERAND)
     total = tl.dot(dscores.to(OPERAND), there, acc=total, input_precision=PRECISION)
-    if ADD:
-        total += load_rows(dvectors, t0, dv_l, i, n, length, N, BN).to(tl.float32)
+    if sums is not None:
+        total += load_rows(sums, t0, sum_l, i, n, length, N, BN)
     store_rows(dvectors, total, t0, dv_l, i, n, length, N, BN)
 
 
 @triton.jit(do_not_specialize=["length", "first_head", "tiles", "share", "blocks", "block_heads", "count"])
 def vector_gradients_kernel(
-    dout, x, weights, logs, B, C, z, owners, befores, afters, dB, dC,
+    dout, x, weights, logs, B, C, z, owners, befores, afters, sum_B, sum_C, dB, dC,
     length, heads, first_head, share, tiles, blocks, block_heads, count,
     dout_b, dout_l, dout_h, x_b, x_l, x_h, B_b, B_l, B_g, C_b, C_l, C_g, z_b, z_l, z_h,
-    dv_part, dv_b, dv_l, dv_g, row_b, owner_b,
+    sum_part, sum_b, sum_l, sum_g, dv_part, dv_b, dv_l, dv_g, row_b, owner_b,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr, ADD: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of B and C at one tile, summed over ``block_heads`` heads of a group, from first_head on.
 
     The first ``count`` = B * tiles * blocks programs compute C's, as many more B's. dB, dC (parts, B, L, G, N), of the
-    same strides: the blocks of a group write a part each. ADD: to what lies there.
+    same strides: the blocks of a group write a part each. sum_B, sum_C, of such a shape: sums over the heads before.
     """
     program = tl.program_id(0) % count
     block = program % blocks
@@ -204,19 +209,19 @@ def vector_gradients_kernel(
     b = (program // blocks // tiles).to(tl.int64)
     if tl.program_id(0) < count:
         add_heads(
-            dout, x, weights, logs, B, z, owners, befores, dC, block, tile, b,
+            dout, x, weights, logs, B, z, owners, befores, sum_C, dC, block, tile, b,
             length, heads, first_head, share, tiles, block_heads,
             dout_b, dout_l, dout_h, x_b, x_l, x_h, B_b, B_l, B_g, z_b, z_l, z_h,
-            dv_part, dv_b, dv_l, dv_g, row_b, owner_b,
-            P, N, Q, BP, BN, OPERAND, PRECISION, ADD, False,
+            sum_part, sum_b, sum_l, sum_g, dv_part, dv_b, dv_l, dv_g, row_b, owner_b,
+            P, N, Q, BP, BN, OPERAND, PRECISION, False,
         )  # fmt: skip
     else:
         add_heads(
-            dout, x, weights, logs, C, z, owners, afters, dB, block, tile, b,
+            dout, x, weights, logs, C, z, owners, afters, sum_B, dB, block, tile, b,
             length, heads, first_head, share, tiles, block_heads,
             dout_b, dout_l, dout_h, x_b, x_l, x_h, C_b, C_l, C_g, z_b, z_l, z_h,
-            dv_part, dv_b, dv_l, dv_g, row_b, owner_b,
-            P, N, Q, BP, BN, OPERAND, PRECISION, ADD, True,
+            sum_part, sum_b, sum_l, sum_g, dv_part, dv_b, dv_l, dv_g, row_b, owner_b,
+            P, N, Q, BP, BN, OPERAND, PRECISION, True,
         )  # fmt: skip
 
 
@@ -234,6 +239,7 @@ def ssd_backward(
     seq_idx: Tensor | None,
     starts: Tensor,
     chunk_size: int,
+    out: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """As :func:`mambakit.kernels.duality.chunked.ssd_backward`; starts and chunk_size are PyTorch's alone."""
     dout, x, B, C, z = (unit_stride(tensor) for tensor in (dout, x, B, C, z))
@@ -248,8 +254,11 @@ def ssd_backward(
     with torch.cuda.device_of(x):
         prepared = prepare(weights, log_decays, seq_idx, tile.Q)
         owners = prepared.owners
-        dx = new(*x.shape, dtype=x.dtype)
-        dz = None if z is None else new(*x.shape, dtype=z.dtype)
+        if out is None:
+            out = (*(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, B, C)), None)
+        dx, dB, dC, dz = out
+        if z is not None and dz is None:
+            dz = new(*x.shape, dtype=z.dtype)
         dweights, dlogs = new(batch, length, heads), new(batch, length, heads)
         dD = None if D is None else new(batch, tiles, heads, channels)
         initial, dfinal = (None if t is None else t.contiguous() for t in (initial_state, dfinal_state))
@@ -259,15 +268,21 @@ def ssd_backward(
         some = min(share, at_once)
         block_heads = heads_of_a_block(some, batch * tiles * (at_once // some))
         parts, blocks = some // block_heads, at_once // block_heads
-        whole = parts == 1 and some == share
-        dB, dC = (new(parts, *t.shape, dtype=t.dtype if whole else torch.float32) for t in (B, C))
+        # Sums over the heads of a group that more than one program makes; the last writes the gradients themselves.
+        sums: Any = (None, None) if parts == 1 and some == share else (new(parts, *B.shape), new(parts, *C.shape))
         kept = torch.bfloat16 if tile.operand == tl.bfloat16 else torch.float32
         befores, afters = (new(batch, tiles, at_once, channels, d_state, dtype=kept) for _ in range(2))
         cut = Segments(x, B, prepared, tile, initial, at_once, ENOUGH, dout, z, C, dfinal)
 
         ends = prepared.weights.stride(0), 0 if owners is None else owners.stride(0)
         strides = [stride for t in (dout, x, B, C, z) for stride in row_strides(t)]
-        outputs = (*skip_strides(D), *dx.stride()[:2], *dweights.stride()[:2], *row_strides(dD)[:2])
+        outputs = (
+            *skip_strides(D),
+            *dx.stride()[:2],
+            *row_strides(dz)[:2],
+            *dweights.stride()[:2],
+            *row_strides(dD)[:2],
+        )
         sizes = {"P": channels, "N": d_state, **tile.sizes}
         count = batch * tiles * blocks
         for first in range(0, heads, at_once):
@@ -278,13 +293,18 @@ def ssd_backward(
                 dout, x, *prepared[:2], B, C, D, z, owners, befores, afters, dx, dweights, dlogs, dD, dz,
                 length, at_once, first, share, tiles, *strides, *outputs, *ends, **sizes, num_warps=4,
             )  # fmt: skip
+            earlier: Any = sums if first % share else (None, None)
+            sum_strides = (0,) * 4 if earlier[0] is None else earlier[0].stride()[:4]
+            to = (dB[None], dC[None]) if parts == 1 and (first + at_once) % share == 0 else sums
             launch(
                 vector_gradients_kernel, (2 * count,),
-                dout, x, *prepared[:2], B, C, z, owners, befores, afters, dB, dC,
-                length, at_once, first, share, tiles, blocks, block_heads, count, *strides, *dB.stride()[:4], *ends,
-                **sizes, ADD=first % share != 0, num_warps=4,
+                dout, x, *prepared[:2], B, C, z, owners, befores, afters, *earlier, *to,
+                length, at_once, first, share, tiles, blocks, block_heads, count,
+                *strides, *sum_strides, *to[0].stride()[:4], *ends, **sizes, num_warps=4,
             )  # fmt: skip
-    dB, dC = ((total[0] if parts == 1 else total.sum(0)).to(t.dtype) for total, t in ((dB, B), (dC, C)))
+    if parts > 1:
+        dB.copy_(sums[0].sum(0))
+        dC.copy_(sums[1].sum(0))
     if dD is not None and D is not None:
         dD = dD.sum((0, 1) if D.dim() == 2 else (0, 1, 3)).to(D.dtype)
     return dx, dweights.to(weights.dtype), dlogs.to(log_decays.dtype), dB, dC, dD, dz, dinitial

@@ -31,8 +31,8 @@ def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], in
     A signature gives each argument its Triton type (``*bf16``, ``i32``, ``constexpr``); an absent tensor is a
     constexpr None.
     """
-    absent = dict.fromkeys(("z", "owners", "dz", "initial", "entering", "D", "dD"))
-    shape = {"WIDTH": 512, "AHEAD": 8, "BH": 32, "STAGES": 2, "STATE": 8192, "ADD": True, "WHOLE": False}
+    absent = dict.fromkeys(("z", "owners", "dz", "initial", "entering", "D", "dD", "sum_B", "sum_C"))
+    shape = {"WIDTH": 512, "AHEAD": 8, "BH": 32, "STAGES": 2, "STATE": 8192, "WHOLE": False}
     narrow: dict[str, Any] = {"P": 64, "BP": 64, "Q": 64, "OPERAND": tl.bfloat16, "PRECISION": "tf32"}
     wide: dict[str, Any] = {"P": 24, "BP": 32, "Q": 32, "OPERAND": tl.float32, "PRECISION": "tf32x3"}
     cases: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -50,9 +50,9 @@ def compile_examples() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], in
 
 def _typed(kernel: Any, dtype: str, constants: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
     """The signature of ``kernel`` with activations of ``dtype``, and those constants that it takes."""
-    activations = {"x", "B", "C", "z", "out", "dout", "dx", "dz", "befores", "afters", "vectors"}
+    activations = {"x", "B", "C", "z", "out", "dout", "dx", "dz", "dB", "dC", "befores", "afters", "vectors"}
     wide = {"weights", "logs", "log_decays", "rows", "D", "entering", "final", "initial", "states", "throughs"}
-    wide |= {"leaving", "dfinal", "dinitial", "dweights", "dlogs", "dB", "dC", "dD"}
+    wide |= {"leaving", "dfinal", "dinitial", "dweights", "dlogs", "sum_B", "sum_C", "dD"}
     types = dict.fromkeys(activations, f"*{dtype}") | dict.fromkeys(wide, "*fp32") | {"owners": "*i32"}
     types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}

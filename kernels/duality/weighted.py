@@ -85,8 +85,12 @@ def not_in_triton(x: Tensor, weights: Tensor, log_decays: Tensor, B: Tensor, C: 
     """Why the Triton kernels do not take a call of weights and decays, or of dt and A in their places."""
     if ssd_dtype(x, weights, log_decays, B, C) == torch.float64:
         return "an argument is float64, and the kernel computes in float32"
-    channels, d_state = x.shape[3], B.shape[3]
-    numbers = 128 * 128 if {x.dtype, B.dtype, C.dtype} == {torch.bfloat16} else 64 * 128
+    return too_large(x.shape[3], B.shape[3], {x.dtype, B.dtype, C.dtype} == {torch.bfloat16})
+
+
+def too_large(channels: int, d_state: int, narrow: bool) -> str | None:
+    """Why the Triton kernels do not take heads of so many channels and states; ``narrow``: x, B and C are bfloat16."""
+    numbers = 128 * 128 if narrow else 64 * 128
     if channels > 128 or d_state > 256 or channels * d_state > numbers:
         return (
             f"a head has {channels} channels of {d_state} states, and the kernel holds at most 128 channels, "

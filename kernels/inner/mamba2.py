@@ -24,6 +24,7 @@ from mambakit.kernels.inner.mamba2_reference import (
     Arguments,
     Options,
     Sizes,
+    by_head,
     heads,
     per_head,
     sizes,
@@ -116,14 +117,12 @@ def backward(
     xBC = kept.xBC if kept.xBC.numel() else _convolve(given, x_in, conv)
     arguments = _recurrence(given, options, size, xBC, z, dt, backend)
     dy = dy.reshape(*xBC.shape[:2], size.heads, size.channels)
-    dx, dsteps, ddecays, dB, dC, dD, dz_heads, dssm_state = ssd.ssd_backward(
-        dy, dfinal_state, *arguments, kept.starts, options.chunk_size
+    dconvolved = torch.empty_like(xBC)
+    out = (*heads(dconvolved, size), by_head(dz, size) if given.norm_weight is None else None)
+    _, dsteps, ddecays, _, _, dD, _, dssm_state = ssd.ssd_backward(
+        dy, dfinal_state, *arguments, kept.starts, options.chunk_size, out
     )
-    if dz_heads is not None:
-        dz.copy_(dz_heads.flatten(2))
-    del dy, dinputs, xBC, arguments, dz_heads  # of D numbers a token: gone as soon as they have served
-    dconvolved = torch.cat([dx.flatten(2), dB.flatten(2), dC.flatten(2)], dim=2)
-    del dx
+    del dy, dinputs, xBC, arguments, out  # of D numbers a token: gone as soon as they have served
     _, dconv_weight, dconv_bias, dconv_state = conv.backward(
         dconvolved, x_in, given.conv_weight, given.conv_bias, given.conv_state, given.seq_idx, True, False, dx=dxBC
     )
@@ -163,7 +162,7 @@ def _recurrence(
 ) -> tuple[Any, ...]:
     """The arguments of the recurrence, from x to seq_idx; xBC is the convolution's output."""
     x, B, C = heads(xBC, size)
-    gate = z.unflatten(-1, (size.heads, size.channels)) if given.norm_weight is None else None
+    gate = by_head(z, size) if given.norm_weight is None else None
     limit = (options.least_step, options.most_step)
     steps, decays = mamba2_steps.forward(dt, given.dt_bias, given.A, given.lengths, *limit, backend)
     return x, steps, decays, B, C, per_head(given.D, size), gate, given.ssm_state, given.seq_idx

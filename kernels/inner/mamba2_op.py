@@ -9,10 +9,10 @@ from torch import Tensor
 
 from mambakit.kernels.checks import FLOATS, check_device, check_dtype, check_seq_idx, check_shape
 from mambakit.kernels.dispatch import choose
-from mambakit.kernels.duality.weighted import not_in_triton
+from mambakit.kernels.duality.weighted import too_large
 from mambakit.kernels.inner import mamba2, mamba2_reference
 from mambakit.kernels.inner.mamba2_reference import Arguments, Options
-from mambakit.kernels.norm.op import MAX_TRITON_CHANNELS
+from mambakit.kernels.norm.op import MAX_TRITON_CHANNELS, as_they_are
 from mambakit.kernels.registration import call, register
 
 NAME = "mamba2_inner"
@@ -155,8 +155,9 @@ def _check(given: Arguments, options: Options) -> None:
         check_dtype(NAME, "lengths", given.lengths, torch.int32, torch.int64)
         check_device(NAME, "lengths", given.lengths, projected, "projected")
     check_seq_idx(NAME, given.seq_idx, projected, "projected")
+    device = projected.device
     for name, tensor in zip(given._fields[:-2], given[:-2], strict=True):
-        if tensor is not None:
+        if tensor is not None and (tensor.dtype not in FLOATS or tensor.device != device):
             check_dtype(NAME, name, tensor, *FLOATS)
             check_device(NAME, name, tensor, projected, "projected")
     if options.chunk_size < 1:
@@ -170,8 +171,7 @@ def _not_in_triton(given: Arguments, options: Options) -> str | None:
     size = mamba2_reference.sizes(given, options.ngroups)
     if any(tensor is not None and tensor.dtype == torch.float64 for tensor in given):
         return "an argument is float64, and its kernels compute in float32"
-    x, B, C = mamba2_reference.heads(mamba2_reference.split(given.projected, size)[3], size)
-    if (reason := not_in_triton(x, given.A, given.A, B, C)) is not None:
+    if (reason := too_large(size.channels, size.states, given.projected.dtype == torch.bfloat16)) is not None:
         return reason
     if given.norm_weight is not None and size.inner // size.groups > MAX_TRITON_CHANNELS:
         channels = size.inner // size.groups
@@ -218,7 +218,7 @@ def _forward(
         lengths,
     )
     options = Options(ngroups, least_step, most_step, eps, norm_before_gate, chunk_size)
-    with torch.autocast(projected.device.type, enabled=False):  # the dtypes here are chosen, not autocast's to change
+    with as_they_are(backend, projected):
         out, final_state, kept = mamba2.forward(given, options, backend)
     return out, final_state, *kept  # type: ignore[return-value]
 
@@ -292,7 +292,7 @@ def _backward(
     )
     options = Options(ngroups, least_step, most_step, eps, norm_before_gate, chunk_size)
     kept = mamba2.Kept(y, rstd, starts, xBC, inputs)
-    with torch.autocast(projected.device.type, enabled=False):
+    with as_they_are(backend, projected):
         gradients = mamba2.backward(dout, dfinal_state, given, kept, options, backend)
     return [projected.new_empty(0) if gradient is None else gradient for gradient in gradients[:-2]]
 

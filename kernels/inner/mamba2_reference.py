@@ -66,16 +66,21 @@ def sizes(given: Arguments, ngroups: int) -> Sizes:
 def split(projected: Tensor, size: Sizes) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(..., 2E + D + K + H) as the MLP's gate and value, z, the convolution's input, and dt."""
     widths = [size.mlp, size.mlp, size.inner, size.conv, size.heads]
-    gate, value, z, xBC, dt = projected.split(widths, dim=-1)
+    gate, value, z, xBC, dt = projected.split_with_sizes(widths, -1)
     return gate, value, z, xBC, dt
 
 
 def heads(xBC: Tensor, size: Sizes) -> tuple[Tensor, Tensor, Tensor]:
     """x (..., H, P), B and C (..., G, N) from the convolution's output."""
     states = size.groups * size.states
-    x, B, C = xBC.split([size.inner, states, states], dim=-1)
-    by_group = (size.groups, size.states)
-    return x.unflatten(-1, (size.heads, size.channels)), B.unflatten(-1, by_group), C.unflatten(-1, by_group)
+    x, B, C = xBC.split_with_sizes([size.inner, states, states], -1)
+    shape = (*xBC.shape[:-1], size.groups, size.states)
+    return by_head(x, size), B.view(shape), C.view(shape)
+
+
+def by_head(channels: Tensor, size: Sizes) -> Tensor:
+    """(..., D), of adjacent numbers, as (..., H, P)."""
+    return channels.view(*channels.shape[:-1], size.heads, size.channels)
 
 
 def mamba2_inner(given: Arguments, options: Options) -> tuple[Tensor, Tensor]:
@@ -94,7 +99,7 @@ def mamba2_inner(given: Arguments, options: Options) -> tuple[Tensor, Tensor]:
     x, B, C = heads(xBC, size)
     limit = (options.least_step, options.most_step)
     steps, decays = mamba2_steps.forward(dt, given.dt_bias, given.A, given.lengths, *limit, "reference")
-    inner_gate = z.unflatten(-1, (size.heads, size.channels)) if given.norm_weight is None else None
+    inner_gate = by_head(z, size) if given.norm_weight is None else None
     y, final_state = ssd_reference(
         x, steps, decays, B, C, per_head(given.D, size), inner_gate, given.ssm_state, given.seq_idx
     )

@@ -181,7 +181,7 @@ def _implementation(backend: str) -> Any:
     return chunked
 
 
-def _as_they_are(backend: str, tensor: Tensor) -> Any:
+def as_they_are(backend: str, tensor: Tensor) -> Any:
     """Autocast off for vectorised PyTorch, where the dtypes are chosen and not autocast's to change."""
     return nullcontext() if backend == "triton" else torch.autocast(tensor.device.type, enabled=False)
 
@@ -201,7 +201,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, s (empty without residual), mean (empty unless centered), rstd."""
-    with _as_they_are(backend, x):
+    with as_they_are(backend, x):
         y, summed, mean, rstd = _implementation(backend).add_norm(
             _rows(x), None if residual is None else _rows(residual), weight, bias, eps, centered, dtype
         )
@@ -239,7 +239,7 @@ def _backward(
     """The gradient of s in its dtype, the same in ``dtype`` (empty where that is s's), dweight, dbias (empty without
     bias).
     """
-    with _as_they_are(backend, s):
+    with as_they_are(backend, s):
         ds, dx, dweight, dbias = _implementation(backend).add_norm_backward(
             _rows(dy),
             None if dsummed is None else _rows(dsummed),
@@ -295,7 +295,7 @@ def _gated_forward(
     x: Tensor, z: Tensor, weight: Tensor, eps: float, norm_before_gate: bool, group_size: int, backend: str
 ) -> tuple[Tensor, Tensor]:
     """y, rstd (..., G)."""
-    with _as_they_are(backend, x):
+    with as_they_are(backend, x):
         y, rstd = _implementation(backend).gated_rms_norm(_rows(x), _rows(z), weight, eps, norm_before_gate, group_size)
     return y.view(x.shape), rstd.view(*x.shape[:-1], -1)
 
@@ -315,7 +315,7 @@ def _gated_backward(
     group_size: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with _as_they_are(backend, x):
+    with as_they_are(backend, x):
         dx, dz, dweight = _implementation(backend).gated_rms_norm_backward(
             _rows(dy), _rows(x), _rows(z), weight, _rows(rstd), norm_before_gate, group_size
         )

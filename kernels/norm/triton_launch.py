@@ -1,4 +1,7 @@
-"""Launches the norms' Triton kernels: strides, tiles, and the sums of partial gradients."""
+"""Launches the norms' Triton kernels: strides, tiles, and the sums of partial gradients.
+
+``-(-a // b)`` is triton.cdiv, which outside a kernel takes as long as a small launch.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +111,7 @@ def _forward(
     tile = tiling(group_size)
     launch(
         norm_forward,
-        (triton.cdiv(rows, tile.rows), groups),
+        (-(-rows // tile.rows), groups),
         x,
         residual,
         z,
@@ -158,7 +161,7 @@ def _backward(
     z = None if z is None else _dense(z)
     ds = torch.empty(rows, channels, dtype=s.dtype, device=s.device)
     tile = tiling(group_size) if z is None else thinner(tiling(group_size))
-    programs = min(triton.cdiv(PROGRAMS, groups), triton.cdiv(rows, tile.rows))
+    programs = min(-(-PROGRAMS // groups), -(-rows // tile.rows))
     dweight = torch.empty(programs, channels, dtype=torch.float32, device=s.device)
     dbias = None if bias is None else torch.empty_like(dweight)
     launch(

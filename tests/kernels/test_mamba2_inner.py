@@ -104,6 +104,19 @@ def test_outputs_and_gradients(backend: str, sizes: dict[str, Any], options: dic
     compare(inputs(**sizes), backend, **options)
 
 
+@pytest.mark.parametrize("programs", [1, 1000])
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_gradients_of_b_and_c_are_written_where_the_convolution_reads(
+    programs: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one program for all heads of a group, or by several whose sums are added; heads at once or one by one."""
+    from mambakit.kernels.duality import triton_backward
+
+    monkeypatch.setattr(triton_backward, "PROGRAMS", programs)
+    monkeypatch.setattr(triton_backward, "heads_at_once", lambda heads, share, most: at_once)
+    compare(inputs(absent=OPTIONAL), "triton")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_packing_and_padding(backend: str) -> None:
     """A change of seq_idx resets convolution and state; padding leaves the state alone, in its gradient as well."""
