@@ -1,7 +1,7 @@
 """The ``mambakit`` command.
 
 ``fit``, ``validate``, ``test`` and ``predict`` are LightningCLI's (:mod:`mambakit.cli.training`); ``generate``,
-``recipes`` and ``doctor`` are our own. Each loads what it needs only when it is called.
+``inspect``, ``recipes`` and ``doctor`` are our own. Each loads what it needs only when it is called.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ usage: mambakit COMMAND [OPTIONS]
   test       measure it on the test data
   predict    hand every batch of the predict data to the task
   generate   continue a prompt with a trained language model: --checkpoint FILE --prompt TEXT
+  inspect    what a vision model reads of an image, as pictures: --config NAME --ckpt_path FILE
   recipes    list, show or copy the packaged recipes
   doctor     versions, devices, the backend that serves each operator, a short timing
 
@@ -80,6 +81,12 @@ def _generate(_: str, rest: list[str]) -> None:
     run(rest)
 
 
+def _inspect(_: str, rest: list[str]) -> None:
+    from mambakit.inspect.command import run
+
+    run(rest)
+
+
 def _recipes(_: str, rest: list[str]) -> None:
     from mambakit.cli.recipes import run
 
@@ -98,6 +105,7 @@ COMMANDS: dict[str, Callable[[str, list[str]], None]] = {
     "test": _train,
     "predict": _train,
     "generate": _generate,
+    "inspect": _inspect,
     "recipes": _recipes,
     "doctor": _doctor,
 }

@@ -10,7 +10,7 @@ from torch import nn
 
 from mambakit import Backbone
 from mambakit.embeddings import PatchEmbedding
-from mambakit.inspect import step_sizes
+from mambakit.inspect import receptive_field, step_sizes
 from mambakit.kernels import use_backend
 from mambakit.kernels.inner import bimamba_op
 from mambakit.mixers import Bidirectional, Mamba1, ss2d
@@ -63,7 +63,8 @@ def test_of_ss2d_they_are_those_its_scans_take_each_place_where_it_lies(monkeypa
         with monkeypatch.context() as patch, torch.no_grad():
             taken = recorded(patch, ss2d)
             model(images)
-        rows, rows_back, columns, columns_back = taken  # in the order in which the mixer runs them
+        (of_all,) = taken  # one scan, the channels by direction
+        rows, columns, rows_back, columns_back = of_all.chunk(4, dim=-1)
         expected = {
             "rows": rows.unflatten(1, (3, 4)),
             "columns": columns.unflatten(1, (4, 3)).transpose(1, 2),
@@ -73,6 +74,15 @@ def test_of_ss2d_they_are_those_its_scans_take_each_place_where_it_lies(monkeypa
         assert list(found.directions) == list(expected)
         for name, delta in expected.items():
             torch.testing.assert_close(found.directions[name], delta, rtol=1e-5, atol=1e-6)
+
+
+def test_of_a_pyramid_each_stage_has_its_own_grid():
+    options = {"dims": (8, 16), "depths": (1, 1)}
+    model = timm.create_model("vmamba_tiny_s1l8", num_classes=0, **options)
+    steps = step_sizes(model, torch.randn(1, 3, 32, 64))
+    shapes = [{tuple(delta.shape[1:3]) for delta in one.directions.values()} for one in steps]
+    assert shapes == [{(8, 16)}, {(4, 8)}]
+    assert receptive_field(model, torch.randn(1, 3, 32, 64), layer=0).grid == (8, 16)
 
 
 def by_hand(mixer: Mamba1, x: torch.Tensor, reverse: bool) -> torch.Tensor:
