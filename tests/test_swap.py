@@ -63,6 +63,15 @@ def test_the_function_is_the_mixers():
     assert not torch.equal(block(x)[:, 0], block(moved)[:, 0])
 
 
+def test_dropout_behind_the_attention_is_kept():
+    model = vit(depth=1, proj_drop_rate=0.5)
+    swap_mixers(model, SMALL)
+    attn, x = model.blocks[0].attn, torch.randn(2, 5, 16)
+    dropped = attn(x) == 0
+    assert 0.2 < dropped.float().mean() < 0.8
+    assert torch.equal(attn.eval()(x), attn.mixer(x))
+
+
 def test_one_direction():
     model = vit(depth=1)
     swap_mixers(model, SMALL, bidirectional=False)

@@ -198,6 +198,7 @@ def test_where_the_hybrid_attends():
     """Convolutions in the first two stages; of n blocks in the others the last n // 2 attend."""
     attends = [[ConvBlock], [ConvBlock], [VimMixer, VimMixer, FullAttention], [VimMixer, FullAttention]]
     assert kinds(hybrid()) == attends
+    assert all(module.d_rotary == 0 for module in hybrid().modules() if isinstance(module, FullAttention))
     model = hybrid(mixer=lambda dim: Mamba2(dim, d_state=4, headdim=8))
     assert kinds(model)[3] == [Mamba2, FullAttention]
     assert kinds(hybrid(mixer="ss2d"))[3] == [SS2D, FullAttention]
