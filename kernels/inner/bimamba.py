@@ -150,16 +150,25 @@ def backward(dout: Tensor, given: Arguments, saved: Saved, scale: float, backend
 
 def spread(given: Arguments, gradients: Gradients) -> tuple[Tensor | None, ...]:
     """The gradients of ``given.flat()`` up to out_proj_bias, as views where the dtypes agree."""
-    pieces = gradients.apart.split_with_sizes(layout(given).apart)
+    cut = layout(given)
+    pieces = gradients.apart.split_with_sizes(cut.apart)
     biases = (None, None) if gradients.conv_bias is None else gradients.conv_bias.unbind()
     found = zip(
-        gradients.conv_weight.unsqueeze(2).unbind(), biases, pieces[:2], pieces[2:4], gradients.dt_bias.chunk(2),
-        pieces[4:], gradients.D.chunk(2), strict=True,
-    )  # fmt: skip
+        gradients.conv_weight.unsqueeze(2).unbind(),
+        biases,
+        [piece.view(-1, cut.channels) for piece in pieces[:2]],
+        [piece.view(-1, cut.rank) for piece in pieces[2:4]],
+        gradients.dt_bias.chunk(2),
+        [piece.view(-1, cut.d_state) for piece in pieces[4:]],
+        gradients.D.chunk(2),
+        strict=True,
+    )
     sides: list[Tensor | None] = []
     for one, side in zip((given.forwards, given.backwards), found, strict=True):
         for own, gradient in zip(one, side, strict=True):
-            sides.append(None if own is None or gradient is None else gradient.view(own.shape).to(own.dtype))
+            if own is not None and gradient is not None and gradient.dtype != own.dtype:
+                gradient = gradient.to(own.dtype)
+            sides.append(gradient)
     return (gradients.xz, *sides, gradients.out_proj_weight, gradients.out_proj_bias)
 
 

@@ -138,6 +138,13 @@ def test_bfloat16(backend: str) -> None:
     compare(inputs(channels=16, d_model=8, absent=OPTIONAL, dtype=torch.bfloat16), backend, tolerance)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameters_in_bfloat16(backend: str) -> None:
+    """Their gradients come in their own dtype, which ``compare`` asserts."""
+    given = {name: tensor.bfloat16() for name, tensor in inputs(channels=16, d_model=8).items()}
+    compare(given, backend, 6e-2)
+
+
 def test_many_channels() -> None:
     """More than one tile of the gate, more than one program of each part of the packing."""
     compare(inputs(1, 2, 320, 1, rank=17), "triton")
