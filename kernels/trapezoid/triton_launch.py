@@ -6,9 +6,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
+from mambakit.kernels.duality.triton_common import ceil_div
 from mambakit.kernels.launch import launch
 from mambakit.kernels.trapezoid.triton_angles import angles_backward, angles_forward
 from mambakit.kernels.trapezoid.triton_kernels import keys_backward, keys_forward
@@ -50,11 +50,11 @@ def angles_gradients(
 def _chunks(angles: Tensor, dt: Tensor) -> tuple[int, tuple[int, int, int], tuple[int, ...], dict[str, int]]:
     """How many chunks; grid, numbers and tile of the angles' kernels."""
     batch, length, heads = dt.shape
-    together = min(16, triton.next_power_of_2(heads))
-    chunks = triton.cdiv(length, ANGLE_STEPS)
-    tile = {"T": ANGLE_STEPS, "HB": together, "SP": max(16, triton.next_power_of_2(angles.shape[2]))}
+    together = min(16, power_of_2(heads))
+    chunks = ceil_div(length, ANGLE_STEPS)
+    tile = {"T": ANGLE_STEPS, "HB": together, "SP": max(16, power_of_2(angles.shape[2]))}
     numbers = (length, heads, angles.shape[2], *angles.stride()[:2])
-    return chunks, (chunks, batch, triton.cdiv(heads, together)), numbers, tile
+    return chunks, (chunks, batch, ceil_div(heads, together)), numbers, tile
 
 
 def _resets(runs: Tensor, chunks: int) -> Tensor:
@@ -89,7 +89,7 @@ def keys(
     together = min(HEADS, heads // groups)
     launch(
         keys_forward,
-        (triton.cdiv(length, STEPS), batch, groups * triton.cdiv(heads // groups, together)),
+        (ceil_div(length, STEPS), batch, groups * ceil_div(heads // groups, together)),
         *(B, C, B_bias, C_bias, angle, q, k, dots),
         *(length, heads, groups, d_state, angles, *B.stride()[:3], *C.stride()[:3]),
         T=STEPS,
@@ -113,7 +113,7 @@ def keys_gradients(
     """As :func:`mambakit.kernels.trapezoid.fused._keys_backward_implementation`."""
     batch, length, heads, angles = angle.shape
     groups, d_state = B.shape[2:]
-    chunks = triton.cdiv(length, GRADIENT_STEPS)
+    chunks = ceil_div(length, GRADIENT_STEPS)
     dB, dC = (torch.empty(b.shape, dtype=b.dtype, device=b.device) for b in (B, C))
     dangle, dbias = torch.empty_like(angle), angle.new_empty(batch, chunks, heads, 2, d_state)
     launch(
@@ -173,12 +173,17 @@ def output_gradients(
 def _rows(x: Tensor, z: Tensor | None) -> tuple[tuple[int], tuple[int, ...], dict[str, int]]:
     """Grid, numbers and tile of the output's kernels, a row for each step and head."""
     batch, length, heads, channels = x.shape
-    padded = max(16, triton.next_power_of_2(channels))
+    padded = max(16, power_of_2(channels))
     rows, total = max(1, TILE // padded), batch * length * heads
     numbers = (length, heads, channels, total, *x.stride()[:3], *(x if z is None else z).stride()[:3])
-    return (triton.cdiv(total, rows),), numbers, {"ROWS": rows, "PP": padded}
+    return (ceil_div(total, rows),), numbers, {"ROWS": rows, "PP": padded}
+
+
+def power_of_2(size: int) -> int:
+    """The next one, as triton.next_power_of_2, which outside a kernel takes as long as a small launch."""
+    return 1 << (size - 1).bit_length()
 
 
 def _half(d_state: int) -> int:
     """Pairs a row is padded to."""
-    return max(1, triton.next_power_of_2(d_state) // 2)
+    return max(1, power_of_2(d_state) // 2)
