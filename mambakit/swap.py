@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,12 +71,13 @@ def swap_mixers(
         if module not in made:
             made[module] = _in_place_of(module, make, bidirectional)
         _put(model, name, made[module])
+    new = set(made.values())
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder):
+        if isinstance(module, nn.TransformerEncoder) and any(part in new for part in module.modules()):
             # Else it hands padded batches over as nested tensors, to layers that its fused kernel would serve.
             module.use_nested_tensor = False
         if callable(getattr(module, "no_weight_decay", None)):
-            _spare(module, set(made.values()))
+            _spare(module, new)
     return attentions
 
 
@@ -257,11 +257,10 @@ def _in_place_of(module: nn.Module, make: Callable[[int], SequenceMixer], bidire
     """The module to stand where ``module`` stood."""
     multihead = isinstance(module, nn.MultiheadAttention)
     width = module.embed_dim if multihead else module.qkv.in_features  # type: ignore[union-attr]
-    with torch.device("meta"):
-        causal = make(width).causal  # type: ignore[arg-type]
-    if bidirectional and causal:
-        make = partial(Bidirectional, mixer=make)
-    mixer = make(width).to(next(module.parameters()))  # type: ignore[arg-type]
+    mixer = make(width)  # type: ignore[arg-type]
+    if bidirectional and mixer.causal:
+        mixer = Bidirectional(width, make)  # type: ignore[arg-type]
+    mixer = mixer.to(next(module.parameters()))
     if multihead:
         place: nn.Module = InPlaceOfMultihead(mixer, module.embed_dim, module.num_heads, module.batch_first)  # type: ignore[arg-type]
     else:

@@ -145,6 +145,12 @@ def test_torch(batch_first, training):
     assert_close("padded", y[1:, :4], run(x[1:, :4]), 1e-5)
 
 
+def test_an_encoder_that_keeps_its_attention_keeps_its_fast_path():
+    both = nn.ModuleDict({"swapped": encoder(), "kept": encoder()})
+    swap_mixers(both, SMALL, where="swapped.*")
+    assert both["kept"].use_nested_tensor and not both["swapped"].use_nested_tensor
+
+
 def test_torch_layouts_agree():
     first, second = encoder(True), encoder(False)
     swap_mixers(first, SMALL)
