@@ -67,7 +67,7 @@ def run(arguments: Sequence[str]) -> None:
     for name, figure in figures.items():
         figure.savefig(options.out / name)
         print(options.out / name, flush=True)
-    arrays = {f"receptive_field/{name}": field.contribution.numpy() for name, field in fields.items()}
+    arrays: dict[str, Any] = {f"receptive_field/{name}": field.contribution.numpy() for name, field in fields.items()}
     np.savez(options.out / "arrays.npz", image=shown[0].cpu().numpy(), **arrays, **_arrays(steps))
     print(options.out / "arrays.npz", flush=True)
 
@@ -98,7 +98,7 @@ def _rows(model: nn.Module, layers: list[int] | None) -> list[int]:
     return sorted({round(i * (found - 1) / (ROWS - 1)) for i in range(ROWS)})
 
 
-def _arrays(steps: list[StepSizes]) -> dict[str, np.ndarray]:
+def _arrays(steps: list[StepSizes]) -> dict[str, Any]:
     return {f"delta/{one.layer}/{name}": delta[0].numpy() for one in steps for name, delta in one.directions.items()}
 
 

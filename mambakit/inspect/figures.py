@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+import textwrap
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -83,11 +84,11 @@ def _draw_field(axes: Any, field: ReceptiveField) -> Any:
     # Pixels below the floor, zeros among them, have the floor's colour.
     drawn = axes.imshow(relative.clip(1e-3), norm=LogNorm(1e-3, 1), cmap="inferno", interpolation="nearest")
     row, column = field.center
+    axes.autoscale(False)  # squares may reach beyond the image
     axes.plot(column, row, "+", color="tab:green", markersize=9)
     for share, color in SHARES.items():
         side = field.side(share)
         square = Rectangle((column - side / 2, row - side / 2), side, side, fill=False, color=color, linewidth=1.2)
-        square.set_clip_on(True)
         axes.add_patch(square)
     sides = ", ".join(f"{share:.0%} in {field.side(share):.0f}" for share in SHARES)
     axes.set_xlabel(f"square sides: {sides} pixels", fontsize=8)
@@ -151,5 +152,7 @@ def _figure(width: float, height: float, title: str, note: str) -> Figure:
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     figure.suptitle(title, fontsize=11)
     if note:
-        figure.supxlabel(note, fontsize=6, color="0.35")
+        # About twenty letters of this size fill an inch.
+        lines = [textwrap.fill(line, int(20 * width), break_on_hyphens=False) for line in note.splitlines()]
+        figure.supxlabel("\n".join(lines), fontsize=6, color="0.35")
     return figure

@@ -37,6 +37,7 @@ def test_contributions_are_drawn_relative_to_the_largest_down_to_a_thousandth(tm
     np.testing.assert_allclose(line.get_xdata(), [1, 3])
     np.testing.assert_allclose(line.get_ydata(), [4 / 7.001, 1])
     assert figure.get_supxlabel() == "a note"
+    assert figure.axes[1].get_xlim() == (-0.5, 2.5) and figure.axes[1].get_ylim() == (2.5, -0.5)
     figure.savefig(tmp_path / "field.png")
     assert (tmp_path / "field.png").read_bytes().startswith(b"\x89PNG")
 
@@ -65,6 +66,14 @@ def test_steps_are_drawn_beside_the_image_in_one_scale_a_layer():
     assert row[0] == row[1] == pytest.approx((min(shown[1].min(), shown[2].min()), max(shown[1].max(), shown[2].max())))
     note = figure.get_supxlabel()
     assert "seed 3" in note and f"torch {torch.__version__.split('+')[0]}" in note and note.endswith("\na command")
+
+
+def test_a_square_beyond_the_image_does_not_stretch_it():
+    contribution = torch.zeros(3, 8)
+    contribution[1, 0] = 1
+    figure = receptive_field_figure(field_of(contribution), note=" ".join(["word"] * 60))
+    assert figure.axes[0].get_xlim() == (-0.5, 7.5) and figure.axes[0].get_ylim() == (2.5, -0.5)
+    assert max(map(len, figure.get_supxlabel().splitlines())) <= 144  # 7.2 inches
 
 
 def test_colour_images_are_shown_in_colour():
