@@ -11,6 +11,7 @@ channels a head, G groups, N state size, M d_model; T = B L tokens.
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ class Kept(NamedTuple):
     inputs: Tensor
 
 
+@cache
 def implementations(backend: str) -> tuple[ModuleType, ModuleType, ModuleType]:
     """The modules that hold the convolution, the recurrence and the norm. Triton loads here."""
     if backend == "triton":
