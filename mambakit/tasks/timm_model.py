@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,23 @@ from typing import Any
 from torch import Tensor, nn
 
 from mambakit.checkpoints import misfits
+
+# What most image models of timm and ours call their options, to suggest one for a misspelt name.
+USUAL_OPTIONS = (
+    *(
+        "img_size",
+        "patch_size",
+        "stride",
+        "in_chans",
+        "embed_dim",
+        "depth",
+        "depths",
+        "num_heads",
+        "mlp_ratio",
+        "mixer",
+    ),
+    *("global_pool", "drop_rate", "pos_drop_rate", "drop_path_rate", "window_size", "dynamic_img_size", "pretrained"),
+)
 
 
 def timm_model(name: str, weights: str | None = None, **options: Any) -> nn.Module:
@@ -35,9 +53,12 @@ def timm_model(name: str, weights: str | None = None, **options: Any) -> nn.Modu
     try:
         model = timm.create_model(name, **options)
     except TypeError as error:
-        if "argument" not in str(error):
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None or unknown[1] not in options:
             raise
-        raise ValueError(f"timm_options: {name} does not take them: {str(error).split('() ')[-1]}") from error
+        hint = difflib.get_close_matches(unknown[1], USUAL_OPTIONS, n=1)
+        hint = f" (did you mean {hint[0]}?)" if hint else ""
+        raise ValueError(f"timm_options: {name} has no option {unknown[1]!r}{hint}") from error
     if weights is not None:
         load_weights(model, weights)
     return model
