@@ -51,12 +51,15 @@ def steps_kernel(
 
 @triton.jit(do_not_specialize=["length", "count"])
 def steps_backward_kernel(
-    dt, A, bias, dweights, dlogs, ddt, sums, length, count, heads, dt_b, dt_l, dt_h, low, high,
+    dt, A, bias, dweights, dlogs, ddt, sums, length, count, heads, dt_b, dt_l, dt_h, low, high, ddt_b, ddt_l,
     SOFTPLUS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """ddt (B, L, H), and each program's part of the gradients of bias and A, sums (programs, 2, H)."""
+    """ddt (B, L, H), a step's heads side by side, and each program's part of the gradients of bias and A, sums
+    (programs, 2, H).
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     start = row // length * dt_b + row % length * dt_l
+    ddt += row // length * ddt_b + row % length * ddt_l
     sums += tl.program_id(0) * 2 * heads
     for first in tl.range(0, heads, HEADS):
         h = first + tl.arange(0, HEADS)[None, :]
@@ -68,7 +71,7 @@ def steps_backward_kernel(
         draw = tl.where((free >= low) & (free <= high), draw, 0.0)
         if SOFTPLUS:
             draw *= sigmoid(raw)
-        tl.store(ddt + row * heads + h, draw.to(ddt.dtype.element_ty), mask=exists)
+        tl.store(ddt + h, draw.to(ddt.dtype.element_ty), mask=exists)
         lone = first + tl.arange(0, HEADS)
         tl.store(sums + lone, tl.sum(draw, axis=0), mask=lone < heads)
         tl.store(sums + heads + lone, tl.sum(tl.where(exists, dlog * step, 0.0), axis=0), mask=lone < heads)
@@ -94,25 +97,26 @@ def steps_backward(
     dt_softplus: bool,
     low: float,
     high: float,
+    ddt: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of dt, and those of dt_bias and A as (2, H) float32."""
+    """The gradient of dt, written into ``ddt`` where given, and those of dt_bias and A as (2, H) float32."""
     A, bias = A.contiguous(), None if dt_bias is None else dt_bias.contiguous()
     dweights, dlogs = dweights.contiguous(), dlogs.contiguous()
-    ddt = torch.empty(dt.shape, dtype=dt.dtype, device=dt.device)
+    if ddt is None:
+        ddt = torch.empty(dt.shape, dtype=dt.dtype, device=dt.device)
     programs = ceil_div(dt.shape[0] * dt.shape[1], ROWS)
     sums = torch.empty(programs, 2, dt.shape[2], dtype=torch.float32, device=dt.device)
     with torch.cuda.device_of(dt):
-        _launch(steps_backward_kernel, (dt, A, bias, dweights, dlogs, ddt, sums), dt, dt_softplus, low, high)
+        tensors = (dt, A, bias, dweights, dlogs, ddt, sums)
+        _launch(steps_backward_kernel, tensors, dt, dt_softplus, low, high, *ddt.stride()[:2])
     return ddt, sums.sum(0)
 
 
-def _launch(
-    kernel: Any, tensors: tuple[Tensor | None, ...], dt: Tensor, dt_softplus: bool, low: float, high: float
-) -> None:
+def _launch(kernel: Any, tensors: tuple[Tensor | None, ...], dt: Tensor, dt_softplus: bool, *numbers: float) -> None:
     batch, length, heads = dt.shape
     count = batch * length
     launch(
-        kernel, (ceil_div(count, ROWS),), *tensors, length, count, heads, *dt.stride(), low, high,
+        kernel, (ceil_div(count, ROWS),), *tensors, length, count, heads, *dt.stride(), *numbers,
         SOFTPLUS=dt_softplus, ROWS=ROWS, HEADS=HEADS, num_warps=4,
     )  # fmt: skip
 

@@ -130,8 +130,7 @@ def backward(
     )
     limit = (options.least_step, options.most_step)
     step_inputs = (dt, given.dt_bias, given.A, given.lengths)
-    raw_ddt, ddt_bias, dA = mamba2_steps.backward(dsteps, ddecays, *step_inputs, *limit, backend)
-    ddt.copy_(raw_ddt)
+    ddt_bias, dA = mamba2_steps.backward(dsteps, ddecays, *step_inputs, *limit, backend, ddt)
     return Arguments(
         projected=dprojected,
         conv_weight=dconv_weight,

@@ -39,13 +39,14 @@ def backward(
     least: float,
     most: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of dt, dt_bias and A."""
+    ddt: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of dt, into ``ddt`` (B, L, H), its last axis contiguous, and of dt_bias and A."""
     dsteps, ddecays = _at_real(dsteps, lengths), _at_real(ddecays, lengths)
     if backend == "triton":
         from mambakit.kernels.duality import triton_steps
 
-        ddt, (ddt_bias, dA) = triton_steps.steps_backward(dsteps, ddecays, dt, A, dt_bias, True, least, most)
+        _, (ddt_bias, dA) = triton_steps.steps_backward(dsteps, ddecays, dt, A, dt_bias, True, least, most, ddt)
     else:
         steps, _ = forward(dt, dt_bias, A, None, least, most, backend)
         raw = dt.to(steps.dtype) + dt_bias.to(steps.dtype)
@@ -53,9 +54,10 @@ def backward(
         if (least, most) != (0.0, float("inf")):
             free = F.softplus(raw)
             slope = slope.masked_fill((free < least) | (free > most), 0)
-        ddt = (dsteps + ddecays * A.to(steps.dtype)) * slope
-        ddt_bias, dA = ddt.sum((0, 1)), (ddecays * steps).sum((0, 1))
-    return ddt, ddt_bias.to(dt_bias.dtype), dA.to(A.dtype)
+        draw = (dsteps + ddecays * A.to(steps.dtype)) * slope
+        ddt.copy_(draw)
+        ddt_bias, dA = draw.sum((0, 1)), (ddecays * steps).sum((0, 1))
+    return ddt_bias.to(dt_bias.dtype), dA.to(A.dtype)
 
 
 def _at_real(tensor: Tensor, lengths: Tensor | None) -> Tensor:
