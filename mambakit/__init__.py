@@ -33,6 +33,7 @@ _ROOMS = (
     "models",
     "generation",
     "interop",
+    "inspect",
     "datamodules",
     "optim",
 )
