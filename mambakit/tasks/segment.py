@@ -118,10 +118,9 @@ class Segment(Task):
         logits, labels = self(batch["inputs"]), batch["labels"]
         metrics: Any = self.metrics[stage]
         loss, count = self._loss(logits, labels)
-        if count > 0:
-            metrics["loss"].update(loss, weight=count)
-            for name in ("miou", "accuracy"):
-                metrics[name].update(logits.argmax(1), labels)
+        metrics["loss"].update(loss, weight=count)
+        for name in ("miou", "accuracy"):
+            metrics[name].update(logits.argmax(1), labels)
         return {"logits": logits}
 
     def _report(self, stage: str) -> None:

@@ -56,8 +56,8 @@ def timm_model(name: str, weights: str | None = None, **options: Any) -> nn.Modu
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown is None or unknown[1] not in options:
             raise
-        hint = difflib.get_close_matches(unknown[1], USUAL_OPTIONS, n=1)
-        hint = f" (did you mean {hint[0]}?)" if hint else ""
+        near = difflib.get_close_matches(unknown[1], USUAL_OPTIONS, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
         raise ValueError(f"timm_options: {name} has no option {unknown[1]!r}{hint}") from error
     if weights is not None:
         load_weights(model, weights)
