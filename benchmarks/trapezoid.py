@@ -22,7 +22,7 @@ SHARED = ("B", "C", "angles")
 CANCELLING = ("dt", "dA", "angles")
 # Steps up to which that holds for the angles' gradient, which adds up what turns q and k at every later step. Exactly,
 # pairs of a q and a k that both lie behind cancel, however long the sequence is; rounded, each step leaves an error of
-# its own, and the sum of L independent ones grows as the square root of L. docs/kernels.md has the figures.
+# its own, and the sum of L independent ones grows as the square root of L. docs/kernels_of_mixers.md has the figures.
 CANCELLING_STEPS = 2048
 
 

@@ -203,7 +203,7 @@ class Backbone(nn.Module):
             if isinstance(module, Experts):
                 module.reset_parameters(addends**-0.5)
         for name, weight in self.layers.named_parameters():
-            if name.endswith(("mixer.out_proj.weight", "fc2.weight")):
+            if name.endswith(("out_proj.weight", "fc2.weight")):
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
                 weight.div_(math.sqrt(addends))
             elif name.endswith(("in_proj.bias", "out_proj.bias", "fc1.bias", "fc2.bias")):

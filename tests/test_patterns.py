@@ -89,6 +89,9 @@ def test_residual_outputs_shrink_by_all_addends():
         bound = weight.shape[-1] ** -0.5 / 8**0.5
         assert 0.9 * bound < weight.abs().max() <= bound
     assert not layer.mlp.fc1.bias.any() and not layer.mlp.fc2.bias.any()
+    both = Backbone(64, 4, mixer="bidirectional").layers[0].mixer
+    for weight in (both.mamba_fwd.out_proj.weight, both.mamba_rev.out_proj.weight):
+        assert 0.9 * 128**-0.5 / 2 < weight.abs().max() <= 128**-0.5 / 2
 
 
 @torch.no_grad()

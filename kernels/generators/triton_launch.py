@@ -126,7 +126,7 @@ def cauchy_backward(dout: Tensor, residues: Tensor, poles: Tensor, z: Tensor) ->
 
 
 def _tile(length: int, states: int, widest: int) -> tuple[int, int, int]:
-    """BI, BJ and BN: small tiles, several of which share a multiprocessor, beat large ones (docs/kernels.md)."""
+    """BI, BJ and BN: small tiles, several of which share a multiprocessor, beat large ones."""
     return 32, min(widest, max(16, triton.next_power_of_2(triton.cdiv(length, 32)))), 16 if states <= 16 else 32
 
 
