@@ -55,7 +55,7 @@ def run(mixer: str, options: list[str]) -> dict[str, Any]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown."""
-    rows = [f"| `{r['mixer']}` | {r['parameters']:,} | {r['before']:.2f} | {r['after']:.2f} |" for r in results]
+    rows = [f"| {r['mixer']} | {r['parameters']:,} | {r['before']:.2f} | {r['after']:.2f} |" for r in results]
     return "\n".join(["| Mixer | Parameters | Before | After |", "|---|---|---|---|", *rows])
 
 

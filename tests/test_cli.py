@@ -76,7 +76,7 @@ def test_version():
 
 
 def test_recipes_lists_shows_and_copies(tmp_path):
-    assert "text/quickstart  A small Mamba" in mambakit("recipes")[1].replace("   ", "  ")
+    assert "text/quickstart A small Mamba" in " ".join(mambakit("recipes")[1].split())
     assert mambakit("recipes") == mambakit("recipes", "list")
     shown = mambakit("recipes", "show", "text/quickstart")[1]
     assert shown.startswith("# A small Mamba")
