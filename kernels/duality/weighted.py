@@ -113,9 +113,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors = (x, weights, log_decays, B, C, D, z, initial_state, seq_idx)
-    with torch.autocast(
-        x.device.type, enabled=False
-    ):  # dtypes are chosen by the operator, and not autocast's to change
+    with _chosen_dtypes(backend, x):
         return _implementation(backend).ssd_forward(*tensors, chunk_size)
 
 
