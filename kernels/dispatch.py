@@ -13,7 +13,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -145,3 +145,8 @@ warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _check_name(operator: str, backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"{operator}: backend={backend!r} is unknown; expected one of {', '.join(BACKENDS)}")
+
+
+def as_they_are(backend: str, tensor: torch.Tensor) -> AbstractContextManager[None]:
+    """Autocast off for vectorised PyTorch, where the dtypes are chosen and not autocast's to change."""
+    return nullcontext() if backend == "triton" else torch.autocast(tensor.device.type, enabled=False)

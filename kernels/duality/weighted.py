@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -76,11 +75,6 @@ def _implementation(backend: str) -> ModuleType:
     return chunked
 
 
-def _chosen_dtypes(backend: str, tensor: Tensor) -> AbstractContextManager[Any]:
-    """Autocast off for vectorised PyTorch, whose products are of float32 at least; no kernel asks for it."""
-    return nullcontext() if backend == "triton" else torch.autocast(tensor.device.type, enabled=False)
-
-
 def not_in_triton(x: Tensor, weights: Tensor, log_decays: Tensor, B: Tensor, C: Tensor) -> str | None:
     """Why the Triton kernels do not take a call of weights and decays, or of dt and A in their places."""
     if ssd_dtype(x, weights, log_decays, B, C) == torch.float64:
@@ -113,7 +107,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors = (x, weights, log_decays, B, C, D, z, initial_state, seq_idx)
-    with _chosen_dtypes(backend, x):
+    with dispatch.as_they_are(backend, x):
         return _implementation(backend).ssd_forward(*tensors, chunk_size)
 
 
@@ -158,7 +152,7 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors = (x, weights, log_decays, B, C, D, z, initial_state, seq_idx)
-    with _chosen_dtypes(backend, x):
+    with dispatch.as_they_are(backend, x):
         gradients = _implementation(backend).ssd_backward(dout, dfinal_state, *tensors, starts, chunk_size)
     # An operator returns tensors only: an empty one stands for the gradient of an argument that was not given.
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)  # type: ignore[return-value]

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from mambakit.kernels.checks import FLOATS, check_device, check_dtype, check_seq_idx, check_shape
-from mambakit.kernels.dispatch import choose
+from mambakit.kernels.dispatch import as_they_are, choose
 from mambakit.kernels.duality.weighted import too_large
 from mambakit.kernels.inner import mamba2, mamba2_reference
 from mambakit.kernels.inner.mamba2_reference import Arguments, Options
-from mambakit.kernels.norm.op import MAX_TRITON_CHANNELS, as_they_are
+from mambakit.kernels.norm.op import MAX_TRITON_CHANNELS
 from mambakit.kernels.registration import call, register
 
 NAME = "mamba2_inner"

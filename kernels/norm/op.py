@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mambakit.kernels.checks import FLOATS, check_device, check_dtype, check_shape
-from mambakit.kernels.dispatch import choose
+from mambakit.kernels.dispatch import as_they_are, choose
 from mambakit.kernels.norm import chunked, reference
 from mambakit.kernels.registration import call, register
 
@@ -179,11 +178,6 @@ def _implementation(backend: str) -> Any:
 
         return triton_launch
     return chunked
-
-
-def as_they_are(backend: str, tensor: Tensor) -> Any:
-    """Autocast off for vectorised PyTorch, where the dtypes are chosen and not autocast's to change."""
-    return nullcontext() if backend == "triton" else torch.autocast(tensor.device.type, enabled=False)
 
 
 def _rows(tensor: Tensor) -> Tensor:
