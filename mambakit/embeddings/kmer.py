@@ -1,0 +1,103 @@
+"""Nucleotides and the words they end, for models that are to know a stretch of DNA again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+LONGEST = 10  # 4^10 rows, a million
+
+
+class KmerEmbedding(nn.Module):
+    """Ids (B, L) to vectors (B, L, d_model): of each nucleotide, of the words it ends, and of where a word stands.
+
+        y_t = E[x_t] + sum_k W_k[x_(t-k+1) ... x_t] + P[x_(t-m+1) ... x_t, floor(t / span)]
+
+    k runs over ``words``, and P, of words of ``placed`` = m letters, is there where ``length`` is given. Words of DNA
+    are the tokens of Genomic-ULMFiT and DNABERT (Ji et al. 2021); here they come beside the letters, several lengths at
+    once, and each place keeps a vector, so that L stays. Long words tell near-copies of a sequence that was trained on,
+    wherever they begin; placed ones tell what stands where, in windows that are all cut at the same place.
+
+    E is drawn from N(0, 0.02), W and P begin at zero: a word that training never showed says nothing. So does one with
+    another letter than A, C, G, T in it, or that began before the sequence. A vector depends on x_t and what was before
+    it, so that causal models may use it, but on whole inputs only, for there is no state.
+
+    Args:
+        d_model: width of the vectors.
+        words: the lengths k, each once, 2 to 10; 4^k rows each.
+        length: places of a sequence, for P; L is at most that. None leaves P out.
+        placed: m, 1 to 10.
+        span: places that share a row of P.
+        dropout: probability that an element of the vectors is 0 in training.
+        vocab_size: number of ids.
+        first: the id of A; C, G and T follow it (mambakit.datamodules.genomics.alphabet).
+
+    Raises:
+        ValueError: options out of their range; (in a call) longer sequences than ``length``.
+        TypeError: (in a call) no ids.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        words: Sequence[int] = (4, 6, 8),
+        length: int | None = None,
+        placed: int = 4,
+        span: int = 4,
+        dropout: float = 0.0,
+        vocab_size: int = 12,
+        first: int = 7,
+    ) -> None:
+        super().__init__()
+        words = tuple(words)
+        if not words or len(set(words)) < len(words) or not all(2 <= k <= LONGEST for k in words):
+            raise ValueError(f"KmerEmbedding: words={list(words)}, expected lengths from 2 to {LONGEST}, each once")
+        if not 1 <= placed <= LONGEST:
+            raise ValueError(f"KmerEmbedding: placed={placed}, expected 1 to {LONGEST}, the letters of a placed word")
+        if span < 1 or (length is not None and length < 1):
+            raise ValueError(f"KmerEmbedding: length={length}, span={span}, expected at least 1")
+        if not 0 <= first <= vocab_size - 4:
+            raise ValueError(
+                f"KmerEmbedding: first={first}, expected 0 to {vocab_size - 4}, so that T is an id as well"
+            )
+        self.words, self.length, self.placed, self.span, self.first = words, length, placed, span, first
+        self.num_embeddings = vocab_size
+        self.weight = nn.Parameter(0.02 * torch.randn(vocab_size, d_model))
+        self.tables = nn.ParameterDict({str(k): nn.Parameter(torch.zeros(4**k, d_model)) for k in words})
+        if length is not None:
+            self.places = nn.Parameter(torch.zeros(-(-length // span), 4**placed, d_model))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"KmerEmbedding: ids have dtype {ids.dtype}, expected int64 token ids")
+        if self.length is not None and ids.shape[1] > self.length:
+            raise ValueError(
+                f"KmerEmbedding: sequences of {ids.shape[1]}, expected at most {self.length} places; give it a larger "
+                "length, or none"
+            )
+        vectors = functional.embedding(ids, self.weight)
+        for k, (numbers, whole) in self._numbers(ids).items():
+            if k in self.words:
+                vectors = vectors + functional.embedding(numbers, self.tables[str(k)]) * whole
+            if self.length is not None and k == self.placed:
+                rows = torch.arange(ids.shape[1], device=ids.device) // self.span * 4**k + numbers
+                vectors = vectors + functional.embedding(rows, self.places.flatten(0, 1)) * whole
+        return self.dropout(vectors)
+
+    def _numbers(self, ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+        """Of each length: the number (B, L) int64 of the word that ends at each place, its first letter counting most,
+        and whether there is one (B, L, 1), in the parameters' dtype.
+        """
+        digits = ids.long() - self.first
+        known = (digits >= 0) & (digits < 4)
+        digits = digits.where(known, 0)
+        number, whole, found = torch.zeros_like(digits), torch.ones_like(known), {}
+        for back in range(max(*self.words, self.placed)):
+            number = number + 4**back * functional.pad(digits, (back, 0))[:, : ids.shape[1]]
+            whole = whole & functional.pad(known, (back, 0))[:, : ids.shape[1]]
+            found[back + 1] = number, whole.unsqueeze(-1).to(self.weight.dtype)
+        return found
