@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import math
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from mambakit.layer import Layer, RMSNorm
 from mambakit.mixers.base import RightPadded, SequenceMixer, State, check_rate, check_sequence, check_state_kind
 from mambakit.mlp import Experts, MixtureOfExperts, MLPName, mlp_factory
+from mambakit.spelling import did_you_mean
 
 MixerName = Literal[
     "mamba1", "mamba2", "mamba3", "s4", "s4d", "dss", "s4nd", "s5", "hyena", "attention", "bidirectional", "vim", "ss2d"
@@ -357,8 +357,7 @@ def mixer_factory(mixer: str | Callable[[int], SequenceMixer]) -> Callable[[int]
     """
     if isinstance(mixer, str):
         if mixer not in MIXER_HOMES:
-            near = difflib.get_close_matches(mixer, MIXER_HOMES, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
+            hint = did_you_mean(mixer, MIXER_HOMES)
             raise ValueError(f"mixer={mixer!r} is unknown{hint}; expected one of {', '.join(MIXER_HOMES)}, or a class")
         module, name = MIXER_HOMES[mixer].split(":")
         return getattr(importlib.import_module(module), name)

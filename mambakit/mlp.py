@@ -5,7 +5,6 @@ Letters: B batch, L length, D d_model, F hidden width, E experts, K experts an e
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambakit.kernels.grouped import grouped_linear
+from mambakit.spelling import did_you_mean
 
 MLPName = Literal["mlp", "swiglu", "moe"]
 
@@ -173,9 +173,9 @@ def mlp_factory(mlp: str | Callable[[int], nn.Module]) -> Callable[[int], nn.Mod
     homes: dict[str, Any] = {"mlp": MLP, "swiglu": SwiGLU, "moe": MixtureOfExperts}
     if isinstance(mlp, str):
         if mlp not in homes:
-            near = difflib.get_close_matches(mlp, homes, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise ValueError(f"mlp={mlp!r} is unknown{hint}; expected one of {', '.join(homes)}, or a class")
+            raise ValueError(
+                f"mlp={mlp!r} is unknown{did_you_mean(mlp, homes)}; expected one of {', '.join(homes)}, or a class"
+            )
         return homes[mlp]
     if not callable(mlp):
         raise TypeError(f"mlp is a {type(mlp).__name__}; expected a name, a class or a callable taking d_model")

@@ -66,7 +66,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     command, *rest = arguments
     if command not in COMMANDS:
-        from mambakit.cli.messages import did_you_mean
+        from mambakit.spelling import did_you_mean
 
         hint = f"{did_you_mean(command, COMMANDS)}; 'mambakit --help' lists them"
         print(f"mambakit: there is no command {command!r}{hint}", file=sys.stderr)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import re
 from argparse import ArgumentError
 from collections.abc import Iterable
+
+from mambakit.spelling import did_you_mean
 
 # Lines of jsonargparse's report that only frame the ones which say what is wrong.
 _FRAMES = ("Does not validate", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value type:")
@@ -23,12 +24,6 @@ def one_sentence(error: Exception) -> str:
     if isinstance(error, (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError)) and text:
         return text
     return f"{type(error).__name__}: {text or 'no message'} (--traceback shows where)"
-
-
-def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """``" (did you mean X?)"`` for the closest of ``choices``, or nothing where none is close."""
-    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def explain(message: str, keys: Iterable[str] = ()) -> str:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from mambakit.checkpoints import check_fits, data_state, load_task, read_checkpoint
-from mambakit.cli.messages import did_you_mean
 from mambakit.cli.training import check_accelerator
 from mambakit.datamodules.audio.files import AudioError, AudioFile, open_audio
 from mambakit.datamodules.audio.quantization import quantizer
@@ -22,6 +21,7 @@ from mambakit.heads import SequenceClassifier
 from mambakit.inspect.command import BuildCLI
 from mambakit.keywords import KeywordSpotter
 from mambakit.recipes import catalogue
+from mambakit.spelling import did_you_mean
 from mambakit.tasks import Classify
 
 SPOTTING = ("hop", "threshold", "smooth", "refractory", "floor", "ignore")  # options of a KeywordSpotter

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from mambakit.backbone import LETTERS, MIXER_HOMES
+from mambakit.spelling import did_you_mean
 
 MIXER = "model.backbone.mixer"
 PATTERN = "model.backbone.pattern"
@@ -129,8 +129,7 @@ def parse_mixers(text: str) -> tuple[Mixer, ...]:
     for word in split_values(text):
         name, colon, letters = word.partition(":")
         if name not in MIXER_HOMES:
-            near = difflib.get_close_matches(name, MIXER_HOMES, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
+            hint = did_you_mean(name, MIXER_HOMES)
             raise ValueError(
                 f"--mixers: there is no mixer {name!r}{hint}; expected names among {', '.join(MIXER_HOMES)}, or "
                 "NAME:LETTERS for a hybrid, such as mamba1:mmma"

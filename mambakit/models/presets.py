@@ -8,7 +8,6 @@ In a recipe: ``backbone: mamba_130m``, or ``class_path: mambakit.models.PresetBa
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
@@ -18,6 +17,7 @@ from mambakit.mixers.attention import Attention
 from mambakit.mixers.mamba1 import Mamba1
 from mambakit.mlp import MixtureOfExperts, SwiGLU
 from mambakit.models.language_model import LanguageModel
+from mambakit.spelling import did_you_mean
 
 PresetName = Literal[
     "mamba_130m",
@@ -121,9 +121,7 @@ def preset(name: str) -> Preset:
     """
     names = get_args(PresetName)
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"preset={name!r} is unknown{hint}; expected one of {', '.join(names)}")
+        raise ValueError(f"preset={name!r} is unknown{did_you_mean(name, names)}; expected one of {', '.join(names)}")
     return globals()[name]
 
 

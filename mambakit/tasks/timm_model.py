@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mambakit.checkpoints import misfits
+from mambakit.spelling import did_you_mean
 
 # What most image models of timm and ours call their options, to suggest one for a misspelt name.
 USUAL_OPTIONS = (
@@ -47,8 +47,7 @@ def timm_model(name: str, weights: str | None = None, **options: Any) -> nn.Modu
     import timm
 
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        hint = did_you_mean(name, timm.list_models())
         raise ValueError(f"backbone: timm has no model {name!r}{hint}; timm.list_models() lists them")
     try:
         model = timm.create_model(name, **options)
@@ -56,9 +55,9 @@ def timm_model(name: str, weights: str | None = None, **options: Any) -> nn.Modu
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown is None or unknown[1] not in options:
             raise
-        near = difflib.get_close_matches(unknown[1], USUAL_OPTIONS, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"timm_options: {name} has no option {unknown[1]!r}{hint}") from error
+        raise ValueError(
+            f"timm_options: {name} has no option {unknown[1]!r}{did_you_mean(unknown[1], USUAL_OPTIONS)}"
+        ) from error
     if weights is not None:
         load_weights(model, weights)
     return model
