@@ -93,12 +93,13 @@ def test_two_steps_on_tiny_data(name, tmp_path, monkeypatch, capsys):
         by_name = re.search(r"^    backbone: \w", recipe, re.MULTILINE)
         tiny = [*tiny, *(TINY_TIMM if by_name else TINY_BACKBONE)]
     if name.startswith("audio/"):
-        tiny = [*tiny, *(TINY_STEM if "WaveformEmbedding" in recipe else [])]
         if re.search(r"^    window:", recipe, re.MULTILINE):
             tiny = [*tiny, "--data.window", "64"]
         if not re.search(r"^    data: dtmf$", recipe, re.MULTILINE):
             spoken_digits()
             tiny = [*tiny, "--data.data", "fsdd"]
+    if re.search(r"mambakit\.embeddings\.(Waveform|Kmer)Embedding", recipe):
+        tiny = [*tiny, *TINY_STEM]
     if "synthetic.Delay" in recipe:
         tiny = [*tiny, "--data.problem.lag", "10"]
     for file in re.findall(r"^\s+data: (\S+\.txt)$", recipe, re.MULTILINE):

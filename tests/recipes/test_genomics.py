@@ -46,7 +46,7 @@ def test_promoters_runs_on_each_pair_of_files(data, split, tmp_path, monkeypatch
     for seed, name in enumerate(files.values()):
         fasta(f"data/{name}", 24, 40, seed)
     more = ["--data.split", split, *(["--data.data", data] if data else [])]
-    assert main(["fit", "--config", "genomics/promoters", *more, *STEPS, *SMALL]) == 0, capsys.readouterr().err
+    assert main(["fit", "--config", "genomics/promoters", *more, *STEPS]) == 0, capsys.readouterr().err
     assert "validation mcc: " in capsys.readouterr().out
 
 
