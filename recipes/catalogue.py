@@ -1,14 +1,15 @@
 """Finds the packaged recipes: a recipe's name is its path in this folder without ``.yaml``, such as text/quickstart.
 
-Standard library only, so that listing recipes loads no torch.
+Nothing here imports torch, so that listing recipes is quick.
 """
 
 from __future__ import annotations
 
-import difflib
 import shutil
 from importlib.resources import files
 from pathlib import Path
+
+from mambakit.spelling import did_you_mean
 
 ROOT = Path(str(files("mambakit.recipes")))
 
@@ -84,5 +85,4 @@ def copy(name: str, destination: Path, force: bool = False) -> Path:
 
 def nearest(name: str) -> str:
     """``" (did you mean X?)"`` for the packaged recipe closest to ``name``, or nothing where none is close."""
-    close = difflib.get_close_matches(name.removesuffix(".yaml"), names(), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""
+    return did_you_mean(name.removesuffix(".yaml"), names())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -80,24 +80,25 @@ class KmerEmbedding(nn.Module):
                 "length, or none"
             )
         vectors = functional.embedding(ids, self.weight)
-        for k, (numbers, whole) in self._numbers(ids).items():
+        for k, number, whole in self._numbers(ids):
             if k in self.words:
-                vectors = vectors + functional.embedding(numbers, self.tables[str(k)]) * whole
+                vectors = vectors + functional.embedding(number, self.tables[str(k)]) * whole
             if self.length is not None and k == self.placed:
-                rows = torch.arange(ids.shape[1], device=ids.device) // self.span * 4**k + numbers
+                rows = torch.arange(ids.shape[1], device=ids.device) // self.span * 4**k + number
                 vectors = vectors + functional.embedding(rows, self.places.flatten(0, 1)) * whole
         return self.dropout(vectors)
 
-    def _numbers(self, ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-        """Of each length: the number (B, L) int64 of the word that ends at each place, its first letter counting most,
-        and whether there is one (B, L, 1), in the parameters' dtype.
+    def _numbers(self, ids: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Each length that has a table, the number (B, L) int64 of the word of that length that ends at each place,
+        its first letter counting most, and whether there is one (B, L, 1), in the parameters' dtype.
         """
+        lengths = set(self.words) if self.length is None else {*self.words, self.placed}
         digits = ids.long() - self.first
         known = (digits >= 0) & (digits < 4)
         digits = digits.where(known, 0)
-        number, whole, found = torch.zeros_like(digits), torch.ones_like(known), {}
-        for back in range(max(*self.words, self.placed)):
+        number, whole = torch.zeros_like(digits), torch.ones_like(known)
+        for back in range(max(lengths)):
             number = number + 4**back * functional.pad(digits, (back, 0))[:, : ids.shape[1]]
             whole = whole & functional.pad(known, (back, 0))[:, : ids.shape[1]]
-            found[back + 1] = number, whole.unsqueeze(-1).to(self.weight.dtype)
-        return found
+            if back + 1 in lengths:
+                yield back + 1, number, whole.unsqueeze(-1).to(self.weight.dtype)
