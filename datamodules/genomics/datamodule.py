@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -257,6 +257,12 @@ class GenomicsDataModule(DataModule):
         dataset = self._dataset(part, self.validation_length)
         every = np.arange(len(dataset))
         return self.evaluation_loader(dataset, lambda epoch: every, len(every))
+
+    def training_sequences(self) -> Iterator[np.ndarray]:
+        """Ids (any length,) uint8 of each training sequence once, as it stands: no strand is turned, nothing drawn."""
+        source = self._part("train")
+        for i in range(len(source)):
+            yield source.ids(i, self.length, None)
 
     def sequence_name(self, part: str, index: int) -> str:
         """The file and record (or place) of a sequence, by the ``index`` of a batch of train, validation or test."""

@@ -5,6 +5,7 @@ from mambakit.callbacks.compile import Compile
 from mambakit.callbacks.confusion import ConfusionMatrix
 from mambakit.callbacks.extrapolation import Extrapolation
 from mambakit.callbacks.last_checkpoint import LastCheckpoint
+from mambakit.callbacks.learn_words import LearnWords
 from mambakit.callbacks.length_warmup import LengthWarmup
 from mambakit.callbacks.loss_curve import LossCurve
 from mambakit.callbacks.prediction_grid import PredictionGrid
@@ -19,6 +20,7 @@ __all__ = [
     "ConfusionMatrix",
     "Extrapolation",
     "LastCheckpoint",
+    "LearnWords",
     "LengthWarmup",
     "LossCurve",
     "PredictionGrid",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from mambakit.embeddings.known_words import MOST_LETTERS, KnownWords
 
 LONGEST = 10  # 4^10 rows, a million
 
@@ -14,16 +17,19 @@ LONGEST = 10  # 4^10 rows, a million
 class KmerEmbedding(nn.Module):
     """Ids (B, L) to vectors (B, L, d_model): of each nucleotide, of the words it ends, and of where a word stands.
 
-        y_t = E[x_t] + sum_k W_k[x_(t-k+1) ... x_t] + P[x_(t-m+1) ... x_t, floor(t / span)]
+        y_t = E[x_t] + sum_k (W or V)_k[x_(t-k+1) ... x_t] + P[x_(t-m+1) ... x_t, floor(t / span)]
 
-    k runs over ``words``, and P, of words of ``placed`` = m letters, is there where ``length`` is given. Words of DNA
-    are the tokens of Genomic-ULMFiT and DNABERT (Ji et al. 2021); here they come beside the letters, several lengths at
-    once, and each place keeps a vector, so that L stays. Long words tell near-copies of a sequence that was trained on,
-    wherever they begin; placed ones tell what stands where, in windows that are all cut at the same place.
+    k runs over ``words`` for W and over ``known`` for V; P, of words of ``placed`` = m letters, is there where
+    ``length`` is given. Words of DNA are the tokens of Genomic-ULMFiT and DNABERT (Ji et al. 2021); here they come
+    beside the letters, several lengths at once, and each place keeps a vector, so that L stays. Placed words tell what
+    stands where, in windows that are all cut at the same place. Long words tell near-copies of a sequence that was
+    trained on, wherever they begin. There are too many of them to have a row each: of those of ``known`` lengths only
+    such have one as two training sequences share, which :meth:`learn` finds; in a fit the callback
+    :class:`mambakit.callbacks.LearnWords` calls it.
 
-    E is drawn from N(0, 0.02), W and P begin at zero: a word that training never showed says nothing. So does one with
-    another letter than A, C, G, T in it, or that began before the sequence. A vector depends on x_t and what was before
-    it, so that causal models may use it, but on whole inputs only, for there is no state.
+    E is drawn from N(0, 0.02), W, V and P begin at zero: a word that training never showed says nothing. So does one
+    with another letter than A, C, G, T in it, or that began before the sequence. A vector depends on x_t and what was
+    before it, so that causal models may use it, but on whole inputs only, for there is no state.
 
     Args:
         d_model: width of the vectors.
@@ -31,12 +37,15 @@ class KmerEmbedding(nn.Module):
         length: places of a sequence, for P; L is at most that. None leaves P out.
         placed: m, 1 to 10.
         span: places that share a row of P.
+        known: further lengths, each once, 2 to 31, of which shared words alone have a row.
+        rows: of each of these, words at most.
         dropout: probability that an element of the vectors is 0 in training.
         vocab_size: number of ids.
         first: the id of A; C, G and T follow it (mambakit.datamodules.genomics.alphabet).
 
     Raises:
-        ValueError: options out of their range; (in a call) longer sequences than ``length``.
+        ValueError: options out of their range; (in a call) longer sequences than ``length``; (in training) ``known``
+            lengths whose words were never learnt.
         TypeError: (in a call) no ids.
     """
 
@@ -47,14 +56,21 @@ class KmerEmbedding(nn.Module):
         length: int | None = None,
         placed: int = 4,
         span: int = 4,
+        known: Sequence[int] = (),
+        rows: int = 65536,
         dropout: float = 0.0,
         vocab_size: int = 12,
         first: int = 7,
     ) -> None:
         super().__init__()
-        words = tuple(words)
+        words, known = tuple(words), tuple(known)
         if not words or len(set(words)) < len(words) or not all(2 <= k <= LONGEST for k in words):
             raise ValueError(f"KmerEmbedding: words={list(words)}, expected lengths from 2 to {LONGEST}, each once")
+        if len(set(known)) < len(known) or not all(2 <= k <= MOST_LETTERS for k in known) or rows < 1:
+            raise ValueError(
+                f"KmerEmbedding: known={list(known)}, rows={rows}, expected lengths from 2 to {MOST_LETTERS}, each "
+                "once, and at least one row"
+            )
         if not 1 <= placed <= LONGEST:
             raise ValueError(f"KmerEmbedding: placed={placed}, expected 1 to {LONGEST}, the letters of a placed word")
         if span < 1 or (length is not None and length < 1):
@@ -66,6 +82,8 @@ class KmerEmbedding(nn.Module):
         self.words, self.length, self.placed, self.span, self.first = words, length, placed, span, first
         self.num_embeddings = vocab_size
         self.weight = nn.Parameter(0.02 * torch.randn(vocab_size, d_model))
+        self.known = nn.ModuleDict({str(k): KnownWords(d_model, k, rows) for k in known})
+        self._ready = not known
         self.tables = nn.ParameterDict({str(k): nn.Parameter(torch.zeros(4**k, d_model)) for k in words})
         if length is not None:
             self.places = nn.Parameter(torch.zeros(-(-length // span), 4**placed, d_model))
@@ -79,20 +97,59 @@ class KmerEmbedding(nn.Module):
                 f"KmerEmbedding: sequences of {ids.shape[1]}, expected at most {self.length} places; give it a larger "
                 "length, or none"
             )
+        if self.training and not self._ready:
+            if not self.has_learnt:
+                raise ValueError(
+                    f"KmerEmbedding: known={[int(k) for k in self.known]}, but the words of these lengths have not "
+                    "been learnt; give the trainer the callback mambakit.callbacks.LearnWords, or call learn(sequences)"
+                )
+            self._ready = True
         vectors = functional.embedding(ids, self.weight)
         for k, number, whole in self._numbers(ids):
             if k in self.words:
                 vectors = vectors + functional.embedding(number, self.tables[str(k)]) * whole
+            if str(k) in self.known:
+                vectors = vectors + self.known[str(k)](number) * whole
             if self.length is not None and k == self.placed:
                 rows = torch.arange(ids.shape[1], device=ids.device) // self.span * 4**k + number
                 vectors = vectors + functional.embedding(rows, self.places.flatten(0, 1)) * whole
         return self.dropout(vectors)
 
+    @property
+    def has_learnt(self) -> bool:
+        """Whether words of the ``known`` lengths were learnt, here or in the checkpoint that was loaded."""
+        return any(bool(self._table(int(k)).bits[:, 0].any()) for k in self.known)
+
+    def learn(self, sequences: Iterable[Tensor]) -> dict[int, int]:
+        """Give a row to the words of ``known`` lengths that two sequences have or more: how many, of each length.
+
+        Args:
+            sequences: ids (any length,) of each training sequence, and of no other.
+
+        Raises:
+            ValueError: no two of them share a word.
+        """
+        shown: dict[int, list[Tensor]] = {int(k): [] for k in self.known}
+        for ids in sequences:
+            for k, number, whole in self._numbers(torch.as_tensor(ids).unsqueeze(0)):
+                if k in shown:
+                    shown[k].append(number[whole.squeeze(-1) > 0])
+        found = {k: self._table(k).learn(numbers) for k, numbers in shown.items()}
+        if not any(found.values()):
+            raise ValueError(
+                f"KmerEmbedding: among {len(next(iter(shown.values()), ()))} sequences no two share a word of "
+                f"{list(shown)} letters; give shorter known lengths, or none"
+            )
+        return found
+
+    def _table(self, k: int) -> KnownWords:
+        return cast(KnownWords, self.known[str(k)])
+
     def _numbers(self, ids: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Each length that has a table, the number (B, L) int64 of the word of that length that ends at each place,
         its first letter counting most, and whether there is one (B, L, 1), in the parameters' dtype.
         """
-        lengths = set(self.words) if self.length is None else {*self.words, self.placed}
+        lengths = {*self.words, *(int(k) for k in self.known)} | (set() if self.length is None else {self.placed})
         digits = ids.long() - self.first
         known = (digits >= 0) & (digits < 4)
         digits = digits.where(known, 0)

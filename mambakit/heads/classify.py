@@ -13,7 +13,7 @@ from mambakit.embeddings.token import TokenEmbedding
 from mambakit.heads.rc import RCLinear
 from mambakit.mixers.base import State
 
-PoolName = Literal["mean", "max", "last", "cls"]
+PoolName = Literal["mean", "max", "last", "cls", "flatten"]
 
 
 def pool(hidden: Tensor, how: Literal["mean", "max", "last", "first"], mask: Tensor | None = None) -> Tensor:
@@ -46,6 +46,27 @@ def pool(hidden: Tensor, how: Literal["mean", "max", "last", "first"], mask: Ten
     raise ValueError(f"pool: how={how!r}, expected mean, max, last or first")
 
 
+def flatten(hidden: Tensor, places: int, mask: Tensor | None = None) -> Tensor:
+    """(B, L, D) to (B, places * D), place by place: zeros where there is no real element.
+
+    Raises:
+        ValueError: L above ``places``.
+    """
+    length = hidden.shape[1]
+    if length > places:
+        raise ValueError(f"flatten: sequences of {length} vectors, expected at most places={places}")
+    if mask is not None:
+        hidden = hidden.masked_fill(~mask[..., None], 0)
+    return nn.functional.pad(hidden, (0, 0, 0, places - length)).flatten(1)
+
+
+def _summed(vectors: Tensor, mask: Tensor | None) -> Tensor:
+    """The sum of the real ones of (B, L, D) over the root of their number: (B, D)."""
+    if mask is None:
+        return vectors.sum(1) / vectors.shape[1] ** 0.5
+    return vectors.masked_fill(~mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True).sqrt()
+
+
 def mask_of(lengths: Tensor, length: int) -> Tensor:
     """(B, L) bool, True at the first ``lengths[b]`` of L = ``length`` elements.
 
@@ -76,6 +97,10 @@ class ClassifierState(State):
 class SequenceClassifier(nn.Module):
     """logits = W pool(backbone(embed(x))) + b, of a sequence of numbers, vectors or ids of any length.
 
+    With ``wide`` also + U sum_t embed(x)_t / sqrt(n), n the real elements: a linear model of what the embedding knows
+    beside the deep one (wide and deep, Cheng et al. 2016, arXiv 1606.07792). A backbone norms each vector, and a mean
+    makes one of many small; a rare word that settles the matter is heard through the sum.
+
     An embedding may make fewer vectors than there are elements: it says by ``shorten(mask)`` which of them are real,
     and is given the mask. With a causal backbone a sequence may come piece by piece:
 
@@ -92,11 +117,15 @@ class SequenceClassifier(nn.Module):
         vocab_size: V, where elements are ids.
         pool: "mean" or "max" over the real elements, "last" of them, which has seen all in a causal backbone, or
             "cls": a learnt vector before the first element, read off in its place (BERT's), which a causal backbone
-            cannot use. "mean" or "max" for both strands.
+            cannot use. "flatten": all of them side by side, so that every place has weights of its own, for windows
+            that are all cut at the same place. "mean" or "max" for both strands.
         dropout: of the pooled vector, in training.
+        places: for "flatten", the vectors of a sequence, at most.
+        wide: add the linear model; not for both strands.
 
     Raises:
-        ValueError: an unknown pool, "cls" with a causal backbone, fewer than 2 classes.
+        ValueError: an unknown pool, "cls" with a causal backbone, "flatten" without ``places`` or these without it,
+            ``wide`` for both strands, fewer than 2 classes; (in a call) more vectors than ``places``.
     """
 
     def __init__(
@@ -107,6 +136,8 @@ class SequenceClassifier(nn.Module):
         vocab_size: int | None = None,
         pool: PoolName = "mean",
         dropout: float = 0.0,
+        places: int | None = None,
+        wide: bool = False,
     ) -> None:
         super().__init__()
         if pool not in get_args(PoolName):
@@ -122,9 +153,16 @@ class SequenceClassifier(nn.Module):
                 f"SequenceClassifier: pool={pool!r} with a backbone of both strands, of which one begins where the "
                 "other ends; take pool='mean' or 'max', which are the same for both"
             )
+        if rcps and wide:
+            raise ValueError("SequenceClassifier: wide adds the vectors of one strand; leave it out for both strands")
+        if (pool == "flatten") != (places is not None) or (places is not None and places < 1):
+            raise ValueError(
+                f"SequenceClassifier: pool={pool!r} with places={places}; give places, the vectors of a sequence, with "
+                "pool='flatten', and with no other"
+            )
         if num_classes < 2:
             raise ValueError(f"SequenceClassifier: num_classes={num_classes}, expected at least 2")
-        self.pool = pool
+        self.pool, self.places = pool, places
         self.embedding: nn.Module
         if backbone.embedding is not None:
             self.embedding, backbone.embedding = backbone.embedding, None
@@ -135,9 +173,10 @@ class SequenceClassifier(nn.Module):
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, backbone.d_model)) if pool == "cls" else None
         self.backbone = cast(nn.Module, backbone)
         self.dropout = nn.Dropout(dropout)
-        self.head = (RCLinear if rcps else nn.Linear)(backbone.d_model, num_classes)
+        self.head = (RCLinear if rcps else nn.Linear)(backbone.d_model * (places or 1), num_classes)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
+        self.wide = nn.Linear(backbone.d_model, num_classes, bias=False) if wide else None
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits (B, K).
@@ -155,11 +194,16 @@ class SequenceClassifier(nn.Module):
             mask = None if mask is None else self.embedding.shorten(mask)  # type: ignore[operator]
         else:
             hidden = self.embedding(x)
+        beside = 0 if self.wide is None else self.wide(_summed(hidden, mask))
         if self.cls_token is not None:
             hidden = torch.cat((self.cls_token.to(hidden.dtype).expand(len(hidden), -1, -1), hidden), dim=1)
             mask = None if mask is None else torch.cat((mask.new_ones(len(mask), 1), mask), dim=1)
-        vector = pool(self.backbone(hidden, mask=mask), "first" if self.pool == "cls" else self.pool, mask)
-        return self.head(self.dropout(vector))
+        hidden = self.backbone(hidden, mask=mask)
+        if self.places is not None:
+            vector = flatten(hidden, self.places, mask)
+        else:
+            vector = pool(hidden, "first" if self.pool == "cls" else self.pool, mask)  # type: ignore[arg-type]
+        return self.head(self.dropout(vector)) + beside
 
     def init_state(self, batch_size: int, *, device: Any = None, dtype: torch.dtype | None = None) -> ClassifierState:
         """Before the first element of ``batch_size`` streams. ``device`` and ``dtype`` default to the parameters'.
@@ -171,6 +215,12 @@ class SequenceClassifier(nn.Module):
             raise ValueError(
                 "SequenceClassifier: a stream is to be read piece by piece, but this backbone's outputs see later "
                 "elements as well; give it whole sequences, or train one with a causal mixer such as mamba1 or s4d"
+            )
+        if self.places is not None or self.wide is not None:
+            needs = "pool='flatten' needs each vector at its place" if self.wide is None else "wide adds all vectors up"
+            raise ValueError(
+                f"SequenceClassifier: a stream is to be read piece by piece, but {needs}; give it whole sequences, or "
+                "train one with pool='mean' and without wide"
             )
         weight = self.head.weight
         device, dtype = weight.device if device is None else device, weight.dtype if dtype is None else dtype

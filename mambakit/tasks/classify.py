@@ -51,7 +51,9 @@ class Classify(Task):
         num_classes: K; the command line takes it from the data.
         in_chans: C; the command line takes it from the data.
         vocab_size: V, where the inputs are ids; the command line takes it from the data.
-        pool: of a Backbone's output: "mean", "max", "last" or "cls".
+        pool: of a Backbone's output: "mean", "max", "last", "cls" or "flatten".
+        places: with "flatten", the vectors of a sequence, at most.
+        wide: a linear model of a Backbone's embedding beside it, for words that settle the matter.
         dropout: of a Backbone's pooled output.
         timm_options: of a timm model: ``img_size``, ``patch_size``, ``drop_path_rate``, ``pretrained``, ...
         weights: a file of weights for a timm model, such as an earlier run's checkpoint; or for another backbone the
@@ -85,6 +87,8 @@ class Classify(Task):
         in_chans: int = 3,
         vocab_size: int | None = None,
         pool: PoolName = "mean",
+        places: int | None = None,
+        wide: bool = False,
         dropout: float = 0.0,
         timm_options: dict[str, Any] | None = None,
         weights: str | None = None,
@@ -125,7 +129,7 @@ class Classify(Task):
             options = {"num_classes": num_classes, "in_chans": in_chans, **(timm_options or {})}
             self.model = timm_model(backbone, weights, **options)
         elif is_sequence_model(backbone):
-            self.model = SequenceClassifier(backbone, num_classes, in_chans, vocab_size, pool, dropout)
+            self.model = SequenceClassifier(backbone, num_classes, in_chans, vocab_size, pool, dropout, places, wide)
         else:
             self.model = backbone
         if weights is not None and not isinstance(backbone, str):

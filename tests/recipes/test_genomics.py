@@ -18,7 +18,7 @@ STEPS = [
     *("--trainer.num_sanity_val_steps", "0", "--data.num_workers", "0", "--data.batch_size", "2"),
 ]
 SMALL = ["--model.backbone.d_model", "8", "--model.backbone.n_layers", "1"]
-PROMOTERS = re.findall(r"--data\.data '(\{[^']+\})'", catalogue.find("genomics/promoters").read_text())
+PROMOTERS = re.findall(r"--data\.data '(\{[^']+\})'", catalogue.find("genomics/promoters_eukaryotes").read_text())
 
 
 NAMES = [*map(str, range(1, 23)), "X", "Y", "Z", "W"]
@@ -31,23 +31,29 @@ def fasta(path: str, records: int, length: int, seed: int) -> None:
     Path(path).write_text("".join(f">chr{name}\n{one}\n" for name, one in zip(NAMES, letters, strict=False)))
 
 
-def test_promoters_names_three_other_tasks_in_which_promoters_are_class_1():
-    assert len(PROMOTERS) == 3
-    recipe = yaml.safe_load(catalogue.find("genomics/promoters").read_text())["data"]["init_args"]
-    for data in (recipe["data"], *map(yaml.safe_load, PROMOTERS)):
+def test_promoters_of_eukaryotes_are_three_tasks_in_which_promoters_are_class_1():
+    assert len(PROMOTERS) == 2
+    names = ("genomics/promoters", "genomics/promoters_eukaryotes")
+    recipes = [yaml.safe_load(catalogue.find(name).read_text())["data"]["init_args"]["data"] for name in names]
+    for data in (*recipes, *map(yaml.safe_load, PROMOTERS)):
         assert sorted(data) == ["background", "promoter"]  # classes are sorted, and the second is what metrics are of
+    assert len({data["promoter"] for data in (*recipes, *map(yaml.safe_load, PROMOTERS))}) == 4
 
 
-@pytest.mark.parametrize("data", [None, PROMOTERS[0]], ids=["the recipe's", "another"])
+@pytest.mark.parametrize("name", ["promoters", "promoters_eukaryotes"])
 @pytest.mark.parametrize("split", ["groups", "random"])
-def test_promoters_runs_on_each_pair_of_files(data, split, tmp_path, monkeypatch, capsys):
+def test_promoters_runs_and_is_tested_on_files_of_these_names(name, split, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    files = yaml.safe_load(data) if data else {"background": "Ecoli_non_prom.fa.gz", "promoter": "Ecoli_prom.fa.gz"}
-    for seed, name in enumerate(files.values()):
-        fasta(f"data/{name}", 24, 40, seed)
-    more = ["--data.split", split, *(["--data.data", data] if data else [])]
-    assert main(["fit", "--config", "genomics/promoters", *more, *STEPS]) == 0, capsys.readouterr().err
+    recipe = yaml.safe_load(catalogue.find(f"genomics/{name}").read_text())["data"]["init_args"]
+    for seed, path in enumerate(recipe["data"].values()):
+        fasta(f"data/{path}", 24, 60, seed)
+    command = ["--config", f"genomics/{name}", "--data.split", split]
+    small = ["--model.backbone.embedding.known", "[3, 9]"] if name == "promoters" else []
+    assert main(["fit", *command, *STEPS, *small]) == 0, capsys.readouterr().err
     assert "validation mcc: " in capsys.readouterr().out
+    checkpoint = f"runs/genomics/{name}/version_0/checkpoints/last.ckpt"
+    assert main(["test", *command, *STEPS, *small, "--ckpt_path", checkpoint]) == 0, capsys.readouterr().err
+    assert "test/mcc" in capsys.readouterr().out
 
 
 HYENA = re.compile(r"--model\.backbone\.mixer Hyena --model\.backbone\.mixer\.l_max (\d+)")
