@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 MOST_LETTERS = 31  # 4^31 = 2^62 words, and one number more for no word
 NONE = 2**62
+EXACT = 20  # bits of which a float32 holds every sum
 
 
 class KnownWords(nn.Module):
@@ -39,8 +40,11 @@ class KnownWords(nn.Module):
     @property
     def words(self) -> Tensor:
         """(rows,) int64: the words in ascending order, then 2^62 in each row that has none."""
-        places = torch.arange(2 * self.letters, device=self.bits.device)
-        return torch.where(self.bits[:, 0], (self.bits[:, 1:].long() << places).sum(1), NONE)
+        words = torch.where(self.bits[:, 0], 0, NONE)
+        for place, some in enumerate(self.bits[:, 1:].split(EXACT, dim=1)):
+            powers = 2.0 ** torch.arange(some.shape[1], device=some.device, dtype=torch.float32)
+            words = words + ((some * powers).sum(1).long() << place * EXACT)  # much faster than sums of integers
+        return words
 
     @torch.no_grad()
     def learn(self, sequences: Iterable[Tensor]) -> int:
