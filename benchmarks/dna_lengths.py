@@ -138,6 +138,7 @@ def draw(record: dict[str, Any], target: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.6), sharex=True, layout="constrained")
     fields = {"nucleotides_per_second": (1e-6, "million nucleotides a second"), "peak_gb": (1.0, "peak memory, GB")}
@@ -149,6 +150,9 @@ def draw(record: dict[str, Any], target: Path) -> None:
                 panel.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, label=name)
         panel.set(xlabel="nucleotides a window", ylabel=said, yscale="log")
         panel.set_xscale("log", base=2)
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        panel.yaxis.set_minor_formatter(NullFormatter())
         panel.grid(alpha=0.3, which="both", linewidth=0.5)
     panels[0].legend(fontsize=8)
     sizes = f"{record['n_layers']} layers of {record['d_model']}, {record['tokens']:,} nucleotides a step"
