@@ -258,11 +258,11 @@ class GenomicsDataModule(DataModule):
         every = np.arange(len(dataset))
         return self.evaluation_loader(dataset, lambda epoch: every, len(every))
 
-    def training_sequences(self) -> Iterator[np.ndarray]:
-        """Ids (any length,) uint8 of each training sequence once, as it stands: no strand is turned, nothing drawn."""
+    def training_sequences(self) -> Iterator[tuple[np.ndarray, int]]:
+        """Ids (any length,) uint8 and label of each training sequence once: no strand is turned, nothing drawn."""
         source = self._part("train")
         for i in range(len(source)):
-            yield source.ids(i, self.length, None)
+            yield source.ids(i, self.length, None), int(source.labels[i])
 
     def sequence_name(self, part: str, index: int) -> str:
         """The file and record (or place) of a sequence, by the ``index`` of a batch of train, validation or test."""

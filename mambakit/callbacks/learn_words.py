@@ -1,4 +1,4 @@
-"""Words that training sequences share are found before the first step."""
+"""The words of the training part are learnt before the first step."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from mambakit.embeddings import KmerEmbedding
 
 
 class LearnWords(Callback):
-    """Before a fit, gives each :class:`mambakit.embeddings.KmerEmbedding` with ``known`` words those of the training
-    part (:meth:`~mambakit.embeddings.KmerEmbedding.learn`). Validation and test are not looked at.
+    """Before a fit, shows each :class:`mambakit.embeddings.KmerEmbedding` with ``known`` words the training part, with
+    its labels (:meth:`~mambakit.embeddings.KmerEmbedding.learn`). Validation and test are not looked at.
 
     One that has its words, from a checkpoint, keeps them. In evaluation there is nothing to do: words are part of the
     state dictionary.
@@ -42,4 +42,4 @@ class LearnWords(Callback):
             start = time.perf_counter()
             found = embedding.learn(data.training_sequences())
             told = ", ".join(f"{number:,} of {letters} letters" for letters, number in found.items())
-            rank_zero_info(f"words that training sequences share: {told} ({time.perf_counter() - start:.1f} s)")
+            rank_zero_info(f"words of the training part: {told} ({time.perf_counter() - start:.1f} s)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +17,20 @@ LONGEST = 10  # 4^10 rows, a million
 class KmerEmbedding(nn.Module):
     """Ids (B, L) to vectors (B, L, d_model): of each nucleotide, of the words it ends, and of where a word stands.
 
-        y_t = E[x_t] + sum_k (W or V)_k[x_(t-k+1) ... x_t] + P[x_(t-m+1) ... x_t, floor(t / span)]
+        y_t = E[x_t] + sum_k W_k[x_(t-k+1) ... x_t] + P[x_(t-m+1) ... x_t, floor(t / span)]
+                     + sum_k C_k[classes of training sequences with the word x_(t-k+1) ... x_t]
 
-    k runs over ``words`` for W and over ``known`` for V; P, of words of ``placed`` = m letters, is there where
+    k runs over ``words`` for W and over ``known`` for C; P, of words of ``placed`` = m letters, is there where
     ``length`` is given. Words of DNA are the tokens of Genomic-ULMFiT and DNABERT (Ji et al. 2021); here they come
     beside the letters, several lengths at once, and each place keeps a vector, so that L stays. Placed words tell what
-    stands where, in windows that are all cut at the same place. Long words tell near-copies of a sequence that was
-    trained on, wherever they begin. There are too many of them to have a row each: of those of ``known`` lengths only
-    such have one as two training sequences share, which :meth:`learn` finds; in a fit the callback
+    stands where, in windows that are all cut at the same place. Words of ``known`` lengths tell a stretch that other
+    sequences have too, and of which class those are (:class:`.known_words.KnownWords`): near-copies know one another
+    again, wherever they begin. :meth:`learn` reads the training part for them; in a fit the callback
     :class:`mambakit.callbacks.LearnWords` calls it.
 
-    E is drawn from N(0, 0.02), W, V and P begin at zero: a word that training never showed says nothing. So does one
-    with another letter than A, C, G, T in it, or that began before the sequence. A vector depends on x_t and what was
-    before it, so that causal models may use it, but on whole inputs only, for there is no state.
+    E and C are drawn from N(0, 0.02), W and P begin at zero: a word that training never showed says nothing. So does
+    one with another letter than A, C, G, T in it, or that began before the sequence. A vector depends on x_t and what
+    was before it, so that causal models may use it, but on whole inputs only, for there is no state.
 
     Args:
         d_model: width of the vectors.
@@ -37,8 +38,9 @@ class KmerEmbedding(nn.Module):
         length: places of a sequence, for P; L is at most that. None leaves P out.
         placed: m, 1 to 10.
         span: places that share a row of P.
-        known: further lengths, each once, 2 to 31, of which shared words alone have a row.
-        rows: of each of these, words at most.
+        known: lengths, each once, 2 to 31, of words that tell the classes of training sequences with them.
+        classes: number of classes, for these.
+        rows: of each of these lengths, words at most.
         dropout: probability that an element of the vectors is 0 in training.
         vocab_size: number of ids.
         first: the id of A; C, G and T follow it (mambakit.datamodules.genomics.alphabet).
@@ -57,7 +59,8 @@ class KmerEmbedding(nn.Module):
         placed: int = 4,
         span: int = 4,
         known: Sequence[int] = (),
-        rows: int = 65536,
+        classes: int = 2,
+        rows: int = 2**18,
         dropout: float = 0.0,
         vocab_size: int = 12,
         first: int = 7,
@@ -66,10 +69,10 @@ class KmerEmbedding(nn.Module):
         words, known = tuple(words), tuple(known)
         if not words or len(set(words)) < len(words) or not all(2 <= k <= LONGEST for k in words):
             raise ValueError(f"KmerEmbedding: words={list(words)}, expected lengths from 2 to {LONGEST}, each once")
-        if len(set(known)) < len(known) or not all(2 <= k <= MOST_LETTERS for k in known) or rows < 1:
+        if len(set(known)) < len(known) or not all(2 <= k <= MOST_LETTERS for k in known) or rows < 1 or classes < 2:
             raise ValueError(
-                f"KmerEmbedding: known={list(known)}, rows={rows}, expected lengths from 2 to {MOST_LETTERS}, each "
-                "once, and at least one row"
+                f"KmerEmbedding: known={list(known)}, classes={classes}, rows={rows}, expected lengths from 2 to "
+                f"{MOST_LETTERS}, each once, two classes or more, and at least one row"
             )
         if not 1 <= placed <= LONGEST:
             raise ValueError(f"KmerEmbedding: placed={placed}, expected 1 to {LONGEST}, the letters of a placed word")
@@ -80,9 +83,10 @@ class KmerEmbedding(nn.Module):
                 f"KmerEmbedding: first={first}, expected 0 to {vocab_size - 4}, so that T is an id as well"
             )
         self.words, self.length, self.placed, self.span, self.first = words, length, placed, span, first
+        self.classes = classes
         self.num_embeddings = vocab_size
         self.weight = nn.Parameter(0.02 * torch.randn(vocab_size, d_model))
-        self.known = nn.ModuleDict({str(k): KnownWords(d_model, k, rows) for k in known})
+        self.known = nn.ModuleDict({str(k): KnownWords(d_model, k, classes, rows) for k in known})
         self._ready = not known
         self.tables = nn.ParameterDict({str(k): nn.Parameter(torch.zeros(4**k, d_model)) for k in words})
         if length is not None:
@@ -120,25 +124,27 @@ class KmerEmbedding(nn.Module):
         """Whether words of the ``known`` lengths were learnt, here or in the checkpoint that was loaded."""
         return any(bool(self._table(int(k)).bits[:, 0].any()) for k in self.known)
 
-    def learn(self, sequences: Iterable[Tensor]) -> dict[int, int]:
-        """Give a row to the words of ``known`` lengths that two sequences have or more: how many, of each length.
+    def learn(self, sequences: Iterable[tuple[Any, int]]) -> dict[int, int]:
+        """Remember the words of ``known`` lengths and their classes: how many words, of each length.
 
         Args:
-            sequences: ids (any length,) of each training sequence, and of no other.
+            sequences: ids (any length,), tensor or array, and class of each training sequence, and of no other.
 
         Raises:
-            ValueError: no two of them share a word.
+            ValueError: no sequence has a word; a class out of range.
         """
-        shown: dict[int, list[Tensor]] = {int(k): [] for k in self.known}
-        for ids in sequences:
+        shown: dict[int, list[tuple[Tensor, int]]] = {int(k): [] for k in self.known}
+        for ids, label in sequences:
+            if not 0 <= label < self.classes:
+                raise ValueError(f"KmerEmbedding: a sequence of class {label}, expected 0 to {self.classes - 1}")
             for k, number, whole in self._numbers(torch.as_tensor(ids).unsqueeze(0)):
                 if k in shown:
-                    shown[k].append(number[whole.squeeze(-1) > 0])
+                    shown[k].append((number[whole.squeeze(-1) > 0], int(label)))
         found = {k: self._table(k).learn(numbers) for k, numbers in shown.items()}
         if not any(found.values()):
             raise ValueError(
-                f"KmerEmbedding: among {len(next(iter(shown.values()), ()))} sequences no two share a word of "
-                f"{list(shown)} letters; give shorter known lengths, or none"
+                f"KmerEmbedding: of {len(next(iter(shown.values()), ()))} sequences none has a word of {list(shown)} "
+                "letters; give shorter known lengths, or none"
             )
         return found
 

@@ -60,13 +60,6 @@ def flatten(hidden: Tensor, places: int, mask: Tensor | None = None) -> Tensor:
     return nn.functional.pad(hidden, (0, 0, 0, places - length)).flatten(1)
 
 
-def _summed(vectors: Tensor, mask: Tensor | None) -> Tensor:
-    """The sum of the real ones of (B, L, D) over the root of their number: (B, D)."""
-    if mask is None:
-        return vectors.sum(1) / vectors.shape[1] ** 0.5
-    return vectors.masked_fill(~mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True).sqrt()
-
-
 def mask_of(lengths: Tensor, length: int) -> Tensor:
     """(B, L) bool, True at the first ``lengths[b]`` of L = ``length`` elements.
 
@@ -97,10 +90,6 @@ class ClassifierState(State):
 class SequenceClassifier(nn.Module):
     """logits = W pool(backbone(embed(x))) + b, of a sequence of numbers, vectors or ids of any length.
 
-    With ``wide`` also + U sum_t embed(x)_t / sqrt(n), n the real elements: a linear model of what the embedding knows
-    beside the deep one (wide and deep, Cheng et al. 2016, arXiv 1606.07792). A backbone norms each vector, and a mean
-    makes one of many small; a rare word that settles the matter is heard through the sum.
-
     An embedding may make fewer vectors than there are elements: it says by ``shorten(mask)`` which of them are real,
     and is given the mask. With a causal backbone a sequence may come piece by piece:
 
@@ -121,11 +110,10 @@ class SequenceClassifier(nn.Module):
             that are all cut at the same place. "mean" or "max" for both strands.
         dropout: of the pooled vector, in training.
         places: for "flatten", the vectors of a sequence, at most.
-        wide: add the linear model; not for both strands.
 
     Raises:
         ValueError: an unknown pool, "cls" with a causal backbone, "flatten" without ``places`` or these without it,
-            ``wide`` for both strands, fewer than 2 classes; (in a call) more vectors than ``places``.
+            fewer than 2 classes; (in a call) more vectors than ``places``.
     """
 
     def __init__(
@@ -137,7 +125,6 @@ class SequenceClassifier(nn.Module):
         pool: PoolName = "mean",
         dropout: float = 0.0,
         places: int | None = None,
-        wide: bool = False,
     ) -> None:
         super().__init__()
         if pool not in get_args(PoolName):
@@ -153,8 +140,6 @@ class SequenceClassifier(nn.Module):
                 f"SequenceClassifier: pool={pool!r} with a backbone of both strands, of which one begins where the "
                 "other ends; take pool='mean' or 'max', which are the same for both"
             )
-        if rcps and wide:
-            raise ValueError("SequenceClassifier: wide adds the vectors of one strand; leave it out for both strands")
         if (pool == "flatten") != (places is not None) or (places is not None and places < 1):
             raise ValueError(
                 f"SequenceClassifier: pool={pool!r} with places={places}; give places, the vectors of a sequence, with "
@@ -176,7 +161,6 @@ class SequenceClassifier(nn.Module):
         self.head = (RCLinear if rcps else nn.Linear)(backbone.d_model * (places or 1), num_classes)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
-        self.wide = nn.Linear(backbone.d_model, num_classes, bias=False) if wide else None
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits (B, K).
@@ -194,7 +178,6 @@ class SequenceClassifier(nn.Module):
             mask = None if mask is None else self.embedding.shorten(mask)  # type: ignore[operator]
         else:
             hidden = self.embedding(x)
-        beside = 0 if self.wide is None else self.wide(_summed(hidden, mask))
         if self.cls_token is not None:
             hidden = torch.cat((self.cls_token.to(hidden.dtype).expand(len(hidden), -1, -1), hidden), dim=1)
             mask = None if mask is None else torch.cat((mask.new_ones(len(mask), 1), mask), dim=1)
@@ -203,7 +186,7 @@ class SequenceClassifier(nn.Module):
             vector = flatten(hidden, self.places, mask)
         else:
             vector = pool(hidden, "first" if self.pool == "cls" else self.pool, mask)  # type: ignore[arg-type]
-        return self.head(self.dropout(vector)) + beside
+        return self.head(self.dropout(vector))
 
     def init_state(self, batch_size: int, *, device: Any = None, dtype: torch.dtype | None = None) -> ClassifierState:
         """Before the first element of ``batch_size`` streams. ``device`` and ``dtype`` default to the parameters'.
@@ -216,11 +199,10 @@ class SequenceClassifier(nn.Module):
                 "SequenceClassifier: a stream is to be read piece by piece, but this backbone's outputs see later "
                 "elements as well; give it whole sequences, or train one with a causal mixer such as mamba1 or s4d"
             )
-        if self.places is not None or self.wide is not None:
-            needs = "pool='flatten' needs each vector at its place" if self.wide is None else "wide adds all vectors up"
+        if self.places is not None:
             raise ValueError(
-                f"SequenceClassifier: a stream is to be read piece by piece, but {needs}; give it whole sequences, or "
-                "train one with pool='mean' and without wide"
+                "SequenceClassifier: a stream is to be read piece by piece, but pool='flatten' needs each vector at "
+                "its place; give it whole sequences, or train one with pool='mean'"
             )
         weight = self.head.weight
         device, dtype = weight.device if device is None else device, weight.dtype if dtype is None else dtype

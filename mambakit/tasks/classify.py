@@ -53,7 +53,6 @@ class Classify(Task):
         vocab_size: V, where the inputs are ids; the command line takes it from the data.
         pool: of a Backbone's output: "mean", "max", "last", "cls" or "flatten".
         places: with "flatten", the vectors of a sequence, at most.
-        wide: a linear model of a Backbone's embedding beside it, for words that settle the matter.
         dropout: of a Backbone's pooled output.
         timm_options: of a timm model: ``img_size``, ``patch_size``, ``drop_path_rate``, ``pretrained``, ...
         weights: a file of weights for a timm model, such as an earlier run's checkpoint; or for another backbone the
@@ -88,7 +87,6 @@ class Classify(Task):
         vocab_size: int | None = None,
         pool: PoolName = "mean",
         places: int | None = None,
-        wide: bool = False,
         dropout: float = 0.0,
         timm_options: dict[str, Any] | None = None,
         weights: str | None = None,
@@ -129,7 +127,7 @@ class Classify(Task):
             options = {"num_classes": num_classes, "in_chans": in_chans, **(timm_options or {})}
             self.model = timm_model(backbone, weights, **options)
         elif is_sequence_model(backbone):
-            self.model = SequenceClassifier(backbone, num_classes, in_chans, vocab_size, pool, dropout, places, wide)
+            self.model = SequenceClassifier(backbone, num_classes, in_chans, vocab_size, pool, dropout, places)
         else:
             self.model = backbone
         if weights is not None and not isinstance(backbone, str):

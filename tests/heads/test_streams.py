@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 from mambakit import Backbone
-from mambakit.embeddings import MotifEmbedding, PatchEmbedding, PlacedEmbedding, WaveformEmbedding
+from mambakit.embeddings import PatchEmbedding, WaveformEmbedding
 from mambakit.heads import SequenceClassifier
 from mambakit.mixers import S4D, Mamba1
-from mambakit.models import Caduceus
 from mambakit.models.sashimi import SaShiMi
 from mambakit.tasks import Classify
 
@@ -101,27 +100,6 @@ def test_padding_is_left_out_behind_an_embedding_that_shortens(mixer, pool):
         alone = task.predict_step({"inputs": wave[row : row + 1, :length]}, 0)
         torch.testing.assert_close(together[row : row + 1], alone)
     assert not torch.allclose(together, task.predict_step({"inputs": wave}, 0), atol=1e-4)
-
-
-@pytest.mark.parametrize("shortens", [True, False])
-def test_the_wide_part_adds_a_linear_model_of_the_vectors(shortens):
-    torch.manual_seed(0)
-    embedding = MotifEmbedding(8, 20, 5, 4) if shortens else PlacedEmbedding(8, 20)
-    deep = Classify(Backbone(8, 1, embedding=embedding), num_classes=3, wide=True).double().eval()
-    nn.init.normal_(deep.model.head.weight)
-    ids, lengths = torch.randint(7, 11, (3, 20)), torch.tensor([20, 9, 1])
-    together = deep(ids, torch.arange(20) < lengths[:, None])
-    for row, length in enumerate(lengths):
-        alone = ids[row : row + 1, :length]
-        vectors = embedding(alone)
-        beside = vectors.sum(1) / vectors.shape[1] ** 0.5 @ deep.model.wide.weight.T
-        wide, deep.model.wide = deep.model.wide, None
-        torch.testing.assert_close(together[row : row + 1], deep(alone) + beside)
-        deep.model.wide = wide
-    with pytest.raises(ValueError, match="read piece by piece, but wide adds all vectors up"):
-        deep.init_state(1)
-    with pytest.raises(ValueError, match="wide adds the vectors of one strand; leave it out for both"):
-        Classify(Caduceus(8, 1), num_classes=2, vocab_size=12, wide=True)
 
 
 def test_bad_input():
