@@ -41,6 +41,8 @@ class KmerEmbedding(nn.Module):
         known: lengths, each once, 2 to 31, of words that tell the classes of training sequences with them.
         classes: number of classes, for these.
         rows: of each of these lengths, words at most.
+        forget: probability that a training sequence is told nothing of its ``known`` words, so that a model also learns
+            to do without, as it must where no near-copies are asked.
         dropout: probability that an element of the vectors is 0 in training.
         vocab_size: number of ids.
         first: the id of A; C, G and T follow it (mambakit.datamodules.genomics.alphabet).
@@ -61,6 +63,7 @@ class KmerEmbedding(nn.Module):
         known: Sequence[int] = (),
         classes: int = 2,
         rows: int = 2**18,
+        forget: float = 0.0,
         dropout: float = 0.0,
         vocab_size: int = 12,
         first: int = 7,
@@ -74,6 +77,8 @@ class KmerEmbedding(nn.Module):
                 f"KmerEmbedding: known={list(known)}, classes={classes}, rows={rows}, expected lengths from 2 to "
                 f"{MOST_LETTERS}, each once, two classes or more, and at least one row"
             )
+        if not 0 <= forget <= 1:
+            raise ValueError(f"KmerEmbedding: forget={forget}, expected a probability, 0 to 1")
         if not 1 <= placed <= LONGEST:
             raise ValueError(f"KmerEmbedding: placed={placed}, expected 1 to {LONGEST}, the letters of a placed word")
         if span < 1 or (length is not None and length < 1):
@@ -88,6 +93,7 @@ class KmerEmbedding(nn.Module):
         self.weight = nn.Parameter(0.02 * torch.randn(vocab_size, d_model))
         self.known = nn.ModuleDict({str(k): KnownWords(d_model, k, classes, rows) for k in known})
         self._ready = not known
+        self.forget = forget
         self.tables = nn.ParameterDict({str(k): nn.Parameter(torch.zeros(4**k, d_model)) for k in words})
         if length is not None:
             self.places = nn.Parameter(torch.zeros(-(-length // span), 4**placed, d_model))
@@ -108,12 +114,13 @@ class KmerEmbedding(nn.Module):
                     "been learnt; give the trainer the callback mambakit.callbacks.LearnWords, or call learn(sequences)"
                 )
             self._ready = True
+        told = torch.rand(len(ids), 1, 1, device=ids.device) >= (self.forget if self.training else 0)
         vectors = functional.embedding(ids, self.weight)
         for k, number, whole in self._numbers(ids):
             if k in self.words:
                 vectors = vectors + functional.embedding(number, self.tables[str(k)]) * whole
             if str(k) in self.known:
-                vectors = vectors + self.known[str(k)](number) * whole
+                vectors = vectors + self.known[str(k)](number) * (whole * told)
             if self.length is not None and k == self.placed:
                 rows = torch.arange(ids.shape[1], device=ids.device) // self.span * 4**k + number
                 vectors = vectors + functional.embedding(rows, self.places.flatten(0, 1)) * whole

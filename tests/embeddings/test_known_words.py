@@ -78,6 +78,19 @@ def test_in_training_no_sequence_is_told_its_own_class():
     assert torch.equal(seen[0][0], seen[1][0]) and not torch.equal(seen[0][1], seen[1][1])
 
 
+def test_some_training_sequences_are_told_nothing_and_in_evaluation_all_are():
+    torch.manual_seed(0)
+    embedding = KmerEmbedding(4, words=[2], known=[9], forget=0.25)
+    embedding.learn(shown((SHARED, 0), (SHARED, 0)))
+    given = ids(SHARED).expand(1000, -1)
+    told = (embedding(given) - embedding.weight[given]).detach()
+    rows = (told[:, 8:] != 0).all((1, 2))
+    assert 0.7 < rows.double().mean() < 0.8 and (told[~rows] == 0).all()
+    assert (embedding.eval()(given) != embedding.weight[given])[:, 8:].all()
+    with pytest.raises(ValueError, match="KmerEmbedding: forget=1.5, expected a probability, 0 to 1"):
+        KmerEmbedding(4, forget=1.5)
+
+
 def test_where_rows_do_not_suffice_they_go_to_the_words_of_most_sequences():
     embedding = KmerEmbedding(4, words=[2], known=[3], rows=2)
     found = embedding.learn(shown(("TTTNAAA", 0), ("TTTNAAANCCC", 0), ("TTTNCCC", 1)))
