@@ -175,9 +175,7 @@ def test_what_is_missing_is_named():
     [{"known": [32]}, {"known": [1]}, {"known": [9, 9]}, {"known": [9], "rows": 0}, {"known": [9], "classes": 1}],
 )
 def test_options_out_of_range_are_named(options):
-    with pytest.raises(
-        ValueError, match=r"KmerEmbedding: known=\[.*\], classes=\d+, rows=\d+, expected lengths"
-    ):
+    with pytest.raises(ValueError, match=r"KmerEmbedding: known=\[.*\], classes=\d+, rows=\d+, expected lengths"):
         KmerEmbedding(4, **options)
 
 
