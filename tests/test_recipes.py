@@ -98,7 +98,7 @@ def test_two_steps_on_tiny_data(name, tmp_path, monkeypatch, capsys):
         if not re.search(r"^    data: dtmf$", recipe, re.MULTILINE):
             spoken_digits()
             tiny = [*tiny, "--data.data", "fsdd"]
-    if re.search(r"mambakit\.embeddings\.(Waveform|Kmer)Embedding", recipe):
+    if re.search(r"mambakit\.embeddings\.(Waveform|Kmer|Motif)Embedding", recipe):
         tiny = [*tiny, *TINY_STEM]
     if "synthetic.Delay" in recipe:
         tiny = [*tiny, "--data.problem.lag", "10"]
