@@ -114,7 +114,9 @@ class KmerEmbedding(nn.Module):
                     "been learnt; give the trainer the callback mambakit.callbacks.LearnWords, or call learn(sequences)"
                 )
             self._ready = True
-        told = torch.rand(len(ids), 1, 1, device=ids.device) >= (self.forget if self.training else 0)
+        told: Tensor | int = 1
+        if self.training and self.forget:
+            told = torch.rand(len(ids), 1, 1, device=ids.device) >= self.forget
         vectors = functional.embedding(ids, self.weight)
         for k, number, whole in self._numbers(ids):
             if k in self.words:
