@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mambakit.embeddings.checks import check_ids, check_places
 from mambakit.embeddings.known_words import MOST_LETTERS, KnownWords
 
 LONGEST = 10  # 4^10 rows, a million
@@ -100,13 +101,9 @@ class KmerEmbedding(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, ids: Tensor) -> Tensor:
-        if ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"KmerEmbedding: ids have dtype {ids.dtype}, expected int64 token ids")
-        if self.length is not None and ids.shape[1] > self.length:
-            raise ValueError(
-                f"KmerEmbedding: sequences of {ids.shape[1]}, expected at most {self.length} places; give it a larger "
-                "length, or none"
-            )
+        check_ids(ids, "KmerEmbedding")
+        if self.length is not None:
+            check_places(ids, self.length, "KmerEmbedding", "give it a larger length, or none")
         if self.training and not self._ready:
             if not self.has_learnt:
                 raise ValueError(

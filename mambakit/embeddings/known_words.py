@@ -85,6 +85,6 @@ class KnownWords(nn.Module):
         found = words[rows] == numbers
         if self.training:
             found = found & ~self.alone[rows]
-        several = self.owners.sum(1) > 1
-        owner = torch.where(several, self.classes, self.owners.int().argmax(1))[rows]
+        owners = self.owners[rows]
+        owner = torch.where(owners.sum(-1) > 1, self.classes, owners.int().argmax(-1))
         return nn.functional.embedding(owner, self.weight) * found.unsqueeze(-1).to(self.weight.dtype)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mambakit.embeddings.checks import check_ids, check_places
+
 
 class MotifEmbedding(nn.Module):
     """Ids (B, L) to vectors (B, ceil(L / p), d_model): how well each motif fits best within a window, and the window.
@@ -49,13 +51,8 @@ class MotifEmbedding(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """``mask`` (B, L) bool is True at real letters."""
-        if ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"MotifEmbedding: ids have dtype {ids.dtype}, expected int64 token ids")
-        if ids.shape[1] > self.length:
-            raise ValueError(
-                f"MotifEmbedding: sequences of {ids.shape[1]}, expected at most {self.length} places; give it a larger "
-                "length"
-            )
+        check_ids(ids, "MotifEmbedding")
+        check_places(ids, self.length, "MotifEmbedding")
         letters = functional.one_hot(ids.long(), self.vocab_size).to(self.pos_embed.dtype)
         if mask is not None:
             letters = letters * mask.unsqueeze(-1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mambakit.embeddings.checks import check_ids, check_places
+
 
 class PlacedEmbedding(nn.Module):
     """y_t = E[x_t] + P[t]: ids (B, L) to vectors (B, L, d_model), a learnt vector for each place added (BERT's).
@@ -29,11 +31,6 @@ class PlacedEmbedding(nn.Module):
         self.pos_embed = nn.Parameter(0.02 * torch.randn(length, d_model))
 
     def forward(self, ids: Tensor) -> Tensor:
-        if ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"PlacedEmbedding: ids have dtype {ids.dtype}, expected int64 token ids")
-        if ids.shape[1] > len(self.pos_embed):
-            raise ValueError(
-                f"PlacedEmbedding: sequences of {ids.shape[1]}, expected at most {len(self.pos_embed)} places; give it "
-                "a larger length"
-            )
+        check_ids(ids, "PlacedEmbedding")
+        check_places(ids, len(self.pos_embed), "PlacedEmbedding")
         return nn.functional.embedding(ids, self.weight) + self.pos_embed[: ids.shape[1]]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
+
+from mambakit.embeddings.checks import check_ids
 
 
 class TokenEmbedding(nn.Embedding):
@@ -21,6 +22,5 @@ class TokenEmbedding(nn.Embedding):
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"TokenEmbedding: input_ids have dtype {input.dtype}, expected int64 token ids")
+        check_ids(input, "TokenEmbedding", "input_ids")
         return super().forward(input)

@@ -7,7 +7,6 @@ from torch import nn
 from mambakit import Backbone
 from mambakit.embeddings import MotifEmbedding
 from mambakit.heads.classify import SequenceClassifier, flatten
-from mambakit.tasks import Classify
 
 
 def made(**options) -> MotifEmbedding:
@@ -56,21 +55,6 @@ def test_flatten_gives_every_place_weights_of_its_own():
     assert (flat[:, 3:] == 0).all()
     with pytest.raises(ValueError, match="sequences of 3 vectors, expected at most places=2"):
         flatten(hidden, 2)
-
-
-@pytest.mark.parametrize("mixer", ["mamba1", "bidirectional"])
-def test_a_classifier_of_places_gives_a_padded_sequence_the_logits_it_has_alone(mixer):
-    torch.manual_seed(0)
-    backbone = Backbone(8, 1, mixer=mixer, embedding=MotifEmbedding(8, length=20, kernel=5, pool=4))
-    task = Classify(backbone, num_classes=3, pool="flatten", places=5).double().eval()
-    nn.init.normal_(task.model.head.weight)
-    assert task.model.head.weight.shape == (3, 40)
-    ids, lengths = torch.randint(7, 11, (3, 20)), torch.tensor([20, 9, 1])
-    together = task.predict_step({"inputs": ids, "lengths": lengths}, 0)
-    for row, length in enumerate(lengths):
-        alone = task.predict_step({"inputs": ids[row : row + 1, :length]}, 0)
-        torch.testing.assert_close(together[row : row + 1], alone)
-    assert not torch.allclose(together, task.predict_step({"inputs": ids}, 0), atol=1e-4)
 
 
 def test_dropout_is_of_training_alone_and_leaves_the_place():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mambakit import Backbone
-from mambakit.embeddings import PatchEmbedding, WaveformEmbedding
+from mambakit.embeddings import MotifEmbedding, PatchEmbedding, WaveformEmbedding
 from mambakit.heads import SequenceClassifier
 from mambakit.mixers import S4D, Mamba1
 from mambakit.models.sashimi import SaShiMi
@@ -87,6 +87,15 @@ def test_streams_can_be_chosen_from_and_a_state_kept():
     torch.testing.assert_close(model.extend(wave[:, 25:], kept)[0], model(wave))
 
 
+def padding_is_left_out(task, inputs, lengths):
+    """Each row is classified as it is alone, and would not be, were its padding taken for real."""
+    together = task.predict_step({"inputs": inputs, "lengths": lengths}, 0)
+    for row, length in enumerate(lengths):
+        alone = task.predict_step({"inputs": inputs[row : row + 1, :length]}, 0)
+        torch.testing.assert_close(together[row : row + 1], alone)
+    assert not torch.allclose(together, task.predict_step({"inputs": inputs}, 0), atol=1e-4)
+
+
 @pytest.mark.parametrize("pool", ["mean", "max", "last"])
 @pytest.mark.parametrize("mixer", ["mamba1", "bidirectional"])
 def test_padding_is_left_out_behind_an_embedding_that_shortens(mixer, pool):
@@ -94,12 +103,17 @@ def test_padding_is_left_out_behind_an_embedding_that_shortens(mixer, pool):
     backbone = Backbone(8, 1, mixer=mixer, embedding=WaveformEmbedding(8, kernel=6, stride=4))
     task = Classify(backbone, num_classes=3, pool=pool).double().eval()
     nn.init.normal_(task.model.head.weight)
-    wave, lengths = torch.randn(3, 41, 1, dtype=torch.float64), torch.tensor([41, 24, 1])
-    together = task.predict_step({"inputs": wave, "lengths": lengths}, 0)
-    for row, length in enumerate(lengths):
-        alone = task.predict_step({"inputs": wave[row : row + 1, :length]}, 0)
-        torch.testing.assert_close(together[row : row + 1], alone)
-    assert not torch.allclose(together, task.predict_step({"inputs": wave}, 0), atol=1e-4)
+    padding_is_left_out(task, torch.randn(3, 41, 1, dtype=torch.float64), torch.tensor([41, 24, 1]))
+
+
+@pytest.mark.parametrize("mixer", ["mamba1", "bidirectional"])
+def test_padding_is_left_out_where_every_place_has_weights_of_its_own(mixer):
+    torch.manual_seed(0)
+    backbone = Backbone(8, 1, mixer=mixer, embedding=MotifEmbedding(8, length=20, kernel=5, pool=4))
+    task = Classify(backbone, num_classes=3, pool="flatten", places=5).double().eval()
+    nn.init.normal_(task.model.head.weight)
+    assert task.model.head.weight.shape == (3, 40)
+    padding_is_left_out(task, torch.randint(7, 11, (3, 20)), torch.tensor([20, 9, 1]))
 
 
 def test_bad_input():
